@@ -1,0 +1,43 @@
+# Everything starts here. Nothing has to be set up first: each target makes the environment when there is none.
+#   make demo   make test   make bench   make clean
+
+SHELL := /bin/bash
+PY    := .venv/bin/python
+SCENARIO ?= hello
+
+# Big and slow-to-make things live outside the checkout: the environment, and vLLM's notes about model classes, which cost it
+# 10 seconds each to find out.
+VTRACE_CACHE   ?= $(HOME)/.cache/vllm-trace
+VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
+export VTRACE_CACHE
+
+.PHONY: help env demo test lint types bench clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
+
+env:  ## the environment alone (.ci/lane says what it is)
+	@.ci/lane
+
+demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hello)
+	@$(PY) -m vllm_trace run $(SCENARIO)
+
+# pytest last: its closing line is the verdict. T= narrows it: make test T="tests/mini -k free"
+test: export VLLM_CACHE_ROOT := $(VLLM_CACHE_ROOT)
+test: lint  ## style, then all tests
+	@.venv/bin/pytest $(T)
+
+lint: env  ## style: ruff's rules and layout, and that every package is in the wheel
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check --diff .
+	@$(PY) .ci/check_packages.py
+
+types: env  ## types (not yet a part of `make test`)
+	@.venv/bin/mypy
+
+bench: env  ## what tracing costs: on/off pairs, other tracers beside it
+	@$(PY) -m bench
+
+clean:  ## remove what make made here (the shared environment stays in VTRACE_CACHE)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

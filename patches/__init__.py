@@ -1,0 +1,12 @@
+"""Hook tables, one module for each vLLM minor release that was read and reviewed.
+
+A module ``v0_NN`` holds ``TABLE``. The probes stand in ``scheduler_probes`` (EngineCore) and
+``worker_probes`` (each worker); a release that needs another probe defines it beside its table.
+"""
+
+from __future__ import annotations
+
+from vllm_trace.hooks.table import HookTable
+from vllm_trace.patches import v0_32, v0_33
+
+TABLES: tuple[HookTable, ...] = (v0_32.TABLE, v0_33.TABLE)

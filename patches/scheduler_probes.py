@@ -1,0 +1,436 @@
+"""What is read in EngineCore: the scheduler, the KV-cache manager and the block pool.
+
+A probe's body runs inside the hooked call: it makes its event there when the values are at
+hand, and otherwise defers to the decoder that follows it, which runs at the end of the step.
+What vLLM changes before then (a reference count, a hash, a queue's length) is read at once.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from vllm_trace.events import (
+    BlockEvicted,
+    BlockIds,
+    BlocksCached,
+    BlocksFreed,
+    BlocksTaken,
+    BlocksTouched,
+    EngineConfigured,
+    EngineStopped,
+    KVEventsTaken,
+    KVGroup,
+    PrefixCacheReset,
+    PrefixLookedUp,
+    RequestArrived,
+    RequestFinished,
+    RequestFreed,
+    RequestPreempted,
+    SlotsAllocated,
+    SlotsRefused,
+    StepScheduled,
+    StepUpdated,
+)
+from vllm_trace.hooks.table import probe
+from vllm_trace.recorder import Recorder
+
+LOW_64 = (1 << 64) - 1
+
+
+def short_hash(block_hash: Any) -> int:
+    """Low 64 bits of a block hash, as vLLM's own KV events give it."""
+    if isinstance(block_hash, int):
+        return block_hash & LOW_64
+    return int.from_bytes(block_hash[-8:], "big")
+
+
+def short_hash_with_group(block_hash: bytes) -> int:
+    """The same of a key of the prefix map, which ends in four bytes of group id."""
+    return int.from_bytes(block_hash[-12:-4], "big")
+
+
+# A map over one of these runs in C; a comprehension costs a frame, once for each new block.
+id_of = attrgetter("block_id")
+ref_cnt_of = attrgetter("ref_cnt")
+hash_of = attrgetter("block_hash")
+
+
+def ids_of(groups: Any) -> BlockIds:
+    """Block ids per KV-cache group of vLLM's lists of blocks."""
+    return [[*map(id_of, blocks)] for blocks in groups]
+
+
+# The engine -----------------------------------------------------------------------------
+
+
+@probe()
+def scheduler_made(defer, ended, self):
+    defer(engine_configured, self, ended)
+
+
+def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfigured:
+    rec.state["hashes_told"] = {}
+    config = scheduler.vllm_config
+    limits, cache, parallel = config.scheduler_config, config.cache_config, config.parallel_config
+    manager = scheduler.kv_cache_manager
+    settings = {
+        "model": str(config.model_config.model),
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "max_model_len": scheduler.max_model_len,
+        "max_num_seqs": scheduler.max_num_running_reqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": limits.long_prefill_token_threshold,
+        "enable_chunked_prefill": bool(limits.enable_chunked_prefill),
+        "enable_prefix_caching": bool(manager.enable_caching),
+        "prefix_caching_hash_algo": str(cache.prefix_caching_hash_algo),
+        "policy": scheduler.policy.value,
+        "async_scheduling": bool(limits.async_scheduling),
+        "full_sequence_must_fit": bool(getattr(scheduler, "scheduler_reserve_full_isl", False)),
+        "watermark_blocks": getattr(manager, "watermark_blocks", 0),
+        "num_lookahead_tokens": scheduler.num_lookahead_tokens,
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "kv_events": bool(manager.enable_kv_cache_events),
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "data_parallel_rank": parallel.data_parallel_rank,
+        "num_query_heads": config.model_config.get_num_attention_heads(parallel),
+        "num_kv_heads": config.model_config.get_num_kv_heads(parallel),
+        "head_size": config.model_config.get_head_size(),
+        "vllm_version": rec.notes.get("vllm", ""),
+    }
+    groups = [
+        KVGroup(
+            kind=type(group.kv_cache_spec).__name__,
+            block_size=group.kv_cache_spec.block_size,
+            layers=list(group.layer_names),
+            sliding_window=getattr(group.kv_cache_spec, "sliding_window", None) or 0,
+            page_size_bytes=group.kv_cache_spec.page_size_bytes,
+        )
+        for group in scheduler.kv_cache_config.kv_cache_groups
+    ]
+    return EngineConfigured(
+        at_ns=at_ns,
+        block_size=scheduler.block_size,
+        hash_block_size=getattr(scheduler, "hash_block_size", None) or scheduler.block_size,
+        num_blocks=manager.block_pool.num_gpu_blocks,
+        groups=groups,
+        settings=settings,
+    )
+
+
+@probe(flush=True)
+def engine_shut_down(append, ended):
+    append(EngineStopped(ended))
+
+
+# Requests -------------------------------------------------------------------------------
+
+
+@probe()
+def add_request(defer, recorder, ended, request):
+    number = recorder.arrive(request.request_id)
+    defer(request_arrived, number, request, ended, len(request.block_hashes))
+
+
+def request_arrived(
+    rec: Recorder, number: int, request: Any, at_ns: int, num_hashes: int
+) -> RequestArrived:
+    rec.state.setdefault("hashes_told", {})[number] = num_hashes
+    headers = request.trace_headers or {}
+    tokens = request.prompt_token_ids if rec.options.tokens else None
+    return RequestArrived(
+        request=number,
+        at_ns=at_ns,
+        request_id=request.request_id,
+        num_prompt_tokens=request.num_prompt_tokens,
+        max_tokens=request.max_tokens,
+        priority=request.priority,
+        arrival_unix=request.arrival_time,
+        block_hashes=[short_hash(h) for h in request.block_hashes[:num_hashes]],
+        sampling=_sampling(request.sampling_params),
+        lora=request.lora_request.lora_name if request.lora_request else None,
+        salted=bool(request.cache_salt),
+        traceparent=headers.get("traceparent"),
+        token_ids=list(tokens) if tokens is not None else None,
+    )
+
+
+def _sampling(params: Any) -> dict[str, Any]:
+    if params is None:
+        return {}
+    names = ("n", "temperature", "top_p", "top_k", "seed", "min_tokens", "ignore_eos")
+    return {name: getattr(params, name, None) for name in names}
+
+
+@probe()
+def free_request(defer, recorder, ended, request):
+    defer(request_finished, recorder.retire(request.request_id), request, ended)
+
+
+def request_finished(rec: Recorder, number: int, request: Any, at_ns: int) -> RequestFinished:
+    rec.state.get("hashes_told", {}).pop(number, None)
+    return RequestFinished(
+        request=number,
+        at_ns=at_ns,
+        reason=str(request.get_finished_reason()),
+        num_output_tokens=request.num_output_tokens,
+        num_preemptions=request.num_preemptions,
+    )
+
+
+def _computed_before(request):
+    return request.num_computed_tokens
+
+
+@probe(before=_computed_before)
+def preempt_request(append, numbers, seen, self, request):
+    free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+    append(RequestPreempted(numbers[request.request_id], seen, free))
+
+
+# The KV-cache manager -------------------------------------------------------------------
+
+
+@probe()
+def get_computed_blocks(defer, result, request):
+    defer(prefix_looked_up, request, result, request.num_tokens, len(request.block_hashes))
+
+
+def prefix_looked_up(
+    rec: Recorder, request: Any, result: Any, num_tokens: int, num_hashes: int
+) -> PrefixLookedUp:
+    number = rec.numbers[request.request_id]
+    told = rec.state.setdefault("hashes_told", {})
+    new = request.block_hashes[told.get(number, 0) : num_hashes]
+    told[number] = num_hashes
+    return PrefixLookedUp(
+        number, num_tokens, result[1], ids_of(result[0].blocks), [short_hash(h) for h in new]
+    )
+
+
+@probe()
+def allocate_slots(
+    append,
+    numbers,
+    count_kept,
+    result,
+    self,
+    request,
+    num_new_tokens,
+    num_new_computed_tokens,
+    new_computed_blocks,
+):
+    if result is self.empty_kv_cache_blocks and new_computed_blocks is None:
+        count_kept()
+    elif result is None:
+        free = self.block_pool.free_block_queue.num_free_blocks
+        number = numbers[request.request_id]
+        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free))
+    else:
+        append(
+            SlotsAllocated(
+                numbers[request.request_id],
+                num_new_tokens,
+                num_new_computed_tokens,
+                [[*map(id_of, blocks)] for blocks in result.blocks],
+                ids_of(new_computed_blocks.blocks) if num_new_computed_tokens else (),
+                self.block_pool.free_block_queue.num_free_blocks,
+            )
+        )
+
+
+@probe()
+def free(append, numbers, request):
+    append(RequestFreed(numbers[request.request_id]))
+
+
+@probe()
+def take_events(defer, result):
+    if result:
+        defer(kv_events_taken, result)
+
+
+def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
+    names = {"BlockStored": "stored", "BlockRemoved": "removed", "AllBlocksCleared": "cleared"}
+    return KVEventsTaken(
+        [
+            (
+                names.get(type(event).__name__, type(event).__name__),
+                [short_hash(h) for h in getattr(event, "block_hashes", None) or ()],
+            )
+            for event in events
+        ]
+    )
+
+
+# The block pool -------------------------------------------------------------------------
+
+
+@probe()
+def get_new_blocks(append, result):
+    append(BlocksTaken([*map(id_of, result)]))
+
+
+@probe()
+def remove_cached_block_hashes(append, result, block):
+    if result:
+        append(BlockEvicted(block.block_id, [short_hash_with_group(key) for key in result]))
+
+
+@probe()
+def touch(append, blocks):
+    if blocks:
+        append(BlocksTouched([*map(id_of, blocks)], [*map(ref_cnt_of, blocks)]))
+
+
+@probe()
+def cache_full_blocks(
+    append, numbers, request, blocks, num_cached_blocks, num_full_blocks, kv_cache_group_id
+):
+    # Null blocks and those that a sliding window will never hit again get no hash.
+    if full := [*filter(hash_of, blocks[num_cached_blocks:num_full_blocks])]:
+        append(
+            BlocksCached(
+                numbers[request.request_id],
+                kv_cache_group_id,
+                num_cached_blocks,
+                [*map(id_of, full)],
+                [int.from_bytes(block.block_hash[-12:-4], "big") for block in full],
+            )
+        )
+
+
+@probe(as_list=("ordered_blocks",))
+def free_blocks(append, ordered_blocks):
+    if ordered_blocks:
+        append(BlocksFreed([*map(id_of, ordered_blocks)], [*map(ref_cnt_of, ordered_blocks)]))
+
+
+@probe()
+def reset_prefix_cache(append, result):
+    append(PrefixCacheReset(result))
+
+
+# The step -------------------------------------------------------------------------------
+
+
+@probe()
+def schedule(append, recorder, next_step, result, started, ended, self):
+    result.vtrace_step = step = next_step()
+    free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
+    running, waiting, kept = len(self.running), len(self.waiting), recorder.take_kept()
+    ids, counts = [*result.num_scheduled_tokens], [*result.num_scheduled_tokens.values()]
+    if (
+        ids == recorder.last_ids
+        and counts == recorder.last_counts
+        and not result.finished_req_ids
+        and not result.preempted_req_ids
+    ):
+        append(StepScheduled(step, started, ended - started, running, waiting, free, kept))
+    else:
+        recorder.last_ids, recorder.last_counts = ids, counts
+        append(
+            StepScheduled(
+                step,
+                started,
+                ended - started,
+                running,
+                waiting,
+                free,
+                kept,
+                recorder.numbers_of(ids),
+                counts,
+                *changes_of_step(recorder, result),
+            )
+        )
+
+
+@probe()
+def schedule_light(append, recorder, next_step, result, started, ended, self):
+    result.vtrace_step = step = next_step()
+    free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
+    running, waiting = len(self.running), len(self.waiting)
+    ids, counts = [*result.num_scheduled_tokens], [*result.num_scheduled_tokens.values()]
+    grown = result.scheduled_cached_reqs.new_block_ids
+    if (
+        ids == recorder.last_ids
+        and counts == recorder.last_counts
+        and grown.count(None) == len(grown)
+        and not result.finished_req_ids
+        and not result.preempted_req_ids
+    ):
+        append(StepScheduled(step, started, ended - started, running, waiting, free, 0))
+    else:
+        recorder.last_ids, recorder.last_counts = ids, counts
+        append(
+            StepScheduled(
+                step,
+                started,
+                ended - started,
+                running,
+                waiting,
+                free,
+                0,
+                recorder.numbers_of(ids),
+                counts,
+                *changes_of_step(recorder, result),
+                blocks_of_step(recorder, result),
+            )
+        )
+
+
+def changes_of_step(rec: Recorder, out: Any) -> tuple[Any, ...]:
+    """(new, resumed, preempted, finished) of a ``SchedulerOutput``, as numbers."""
+    cached = out.scheduled_cached_reqs
+    return (
+        rec.numbers_of(data.req_id for data in out.scheduled_new_reqs),
+        rec.numbers_of(r for r in cached.req_ids if r in cached.resumed_req_ids),
+        sorted(rec.numbers_of(out.preempted_req_ids or ())),
+        sorted(rec.numbers_of(out.finished_req_ids)),
+    )
+
+
+def blocks_of_step(rec: Recorder, out: Any) -> Any:
+    """(request, block ids per group) as the workers are told: whole tables, or what was added."""
+    cached = out.scheduled_cached_reqs
+    told = [(rec.numbers[data.req_id], data.block_ids) for data in out.scheduled_new_reqs]
+    for index, blocks in enumerate(cached.new_block_ids):
+        if blocks is not None:
+            told.append((rec.numbers[cached.req_ids[index]], blocks))
+    return told
+
+
+@probe(flush=True)
+def update_from_output(
+    append, recorder, started, ended, scheduler_output, model_runner_output
+):
+    append(
+        StepUpdated(
+            getattr(scheduler_output, "vtrace_step", 0),
+            started,
+            ended - started,
+            *outcome_of_step(recorder, scheduler_output, model_runner_output),
+        )
+    )
+
+
+@probe(flush=True)
+def update_from_output_light(append, started, ended, scheduler_output):
+    append(StepUpdated(getattr(scheduler_output, "vtrace_step", 0), started, ended - started))
+
+
+def outcome_of_step(rec: Recorder, out: Any, made: Any) -> tuple[Any, Any]:
+    """Tokens that each request of the step got: their numbers, and with ``--tokens`` their ids.
+
+    vLLM cuts a request's list in place where it stopped, so these are the tokens that count.
+    """
+    sampled = made.sampled_token_ids
+    if not len(sampled):
+        return [0] * len(out.num_scheduled_tokens), None
+    if made.req_ids != list(out.num_scheduled_tokens):
+        index = made.req_id_to_index
+        sampled = [sampled[index[r]] if r in index else () for r in out.num_scheduled_tokens]
+    tokens = [[int(t) for t in row] for row in sampled] if rec.options.tokens else None
+    return list(map(len, sampled)), tokens

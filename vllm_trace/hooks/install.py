@@ -1,0 +1,114 @@
+"""Put resolved rows in place, and take them off again."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+from vllm_trace.errors import HookError
+from vllm_trace.hooks.resolve import Resolution
+from vllm_trace.hooks.wrap import make_wrapper
+from vllm_trace.recorder import Recorder
+
+
+@dataclass
+class _Placed:
+    """One attribute that we set: where, what was there, and what we put."""
+
+    target: str
+    owner: Any
+    name: str
+    before: Any
+    ours: Any
+    off: bool = False
+
+    def take_off(self) -> str:
+        """Restore; returns a sentence when something was wrapped over us."""
+        if self.off:
+            return ""
+        now = vars(self.owner).get(self.name)
+        if now is not self.ours:
+            return f"{self.target} was replaced by {_name_of(now)} after us and is left as it is"
+        setattr(self.owner, self.name, self.before)
+        self.off = True
+        return ""
+
+
+@dataclass
+class Installation:
+    """What ``install`` changed. ``undo`` is safe to call twice."""
+
+    placed: list[_Placed] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Rows that resolved but could not be put in place, with the reason."""
+
+    def undo(self) -> list[str]:
+        """Take everything off, last first. Returns what could not be taken off, in words."""
+        said = [placed.take_off() for placed in reversed(self.placed)]
+        return [text for text in said if text]
+
+    def take_off(self, target: str) -> None:
+        for placed in self.placed:
+            if placed.target == target:
+                placed.take_off()
+
+
+def install(rows: Iterable[Resolution], recorder: Recorder) -> Installation:
+    """Wrap every usable row: every one that can be, or none when a required one cannot.
+
+    Raises: ``HookError`` naming the required row; whatever was set before it is restored.
+    """
+    done = Installation()
+    for row in rows:
+        if not row.usable:
+            continue
+        try:
+            done.placed.append(_place(row, recorder))
+        except (ImportError, AttributeError, TypeError, HookError) as error:
+            if row.hook.required:
+                done.undo()
+                raise HookError(
+                    f"{row.hook.qualname} cannot be hooked ({error}; required: "
+                    f"{row.hook.without}). Nothing was changed.",
+                    hint="Try: vllm-trace doctor",
+                ) from error
+            done.skipped[row.hook.target] = f"{type(error).__name__}: {error}"
+    recorder.on_failures = done.take_off
+    return done
+
+
+def _place(row: Resolution, recorder: Recorder) -> _Placed:
+    hook = row.hook
+    owner: Any = importlib.import_module(hook.module)
+    *path, name = hook.qualname.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    before = vars(owner)[name] if name in vars(owner) else getattr(owner, name)
+    inner = before.__func__ if isinstance(before, classmethod | staticmethod) else before
+    if not isinstance(inner, FunctionType):
+        raise TypeError(f"{hook.target} is not a plain function but {_name_of(inner)}")
+    target = hook.target
+    ours: Any = make_wrapper(
+        inner,
+        hook.probe,
+        recorder=recorder,
+        failed=_failing(recorder, target),
+        clock=time.monotonic_ns,
+    )
+    if isinstance(before, classmethod | staticmethod):
+        ours = type(before)(ours)
+    setattr(owner, name, ours)
+    return _Placed(target, owner, name, before, ours)
+
+
+def _failing(recorder: Recorder, target: str) -> Callable[[Exception], None]:
+    return lambda error: recorder.probe_failed(target, error)
+
+
+def _name_of(thing: Any) -> str:
+    where = getattr(thing, "__module__", "?")
+    return f"{where}.{getattr(thing, '__qualname__', type(thing).__name__)}"

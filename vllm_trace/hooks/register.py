@@ -1,0 +1,117 @@
+"""Switching on: in every vLLM process by the plugin, or by hand in one process."""
+
+from __future__ import annotations
+
+import sys
+
+from vllm_trace.errors import HookError, VllmTraceError
+from vllm_trace.hooks.install import Installation, install
+from vllm_trace.hooks.resolve import Resolution, choose, demand, resolve
+from vllm_trace.hooks.source import VllmSource
+from vllm_trace.options import Options
+from vllm_trace.recorder import Recorder
+
+_active: tuple[Recorder, Installation] | None = None
+
+
+def recorder() -> Recorder | None:
+    """The recorder of this process while it is attached."""
+    return _active[0] if _active else None
+
+
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: attach when ``VTRACE_DIR`` asks for it.
+
+    vLLM calls this in the front end, EngineCore, every worker and its short-lived inspection
+    process, maybe twice. A file is made only with the first event. Raising here would kill the
+    engine, so it raises only with ``VTRACE_STRICT=1``; else it says on stderr what is wrong and
+    leaves vLLM as it is.
+    """
+    if _active is not None:
+        return
+    strict = False
+    try:
+        options = Options.from_environment()
+        if not options.dir:
+            return
+        strict = options.strict
+        attach(options)
+    except VllmTraceError as error:
+        print(f"vllm-trace: not tracing: {error}\n  {error.hint}", file=sys.stderr, flush=True)
+        if strict:
+            raise
+
+
+def attach(options: Options) -> Recorder:
+    """Resolve and install the hooks for the vLLM of this process and begin to record.
+
+    Raises: ``HookError`` (nothing was changed) when vLLM is absent, has no table, lacks a
+    required row, or tracing is on already.
+    """
+    global _active
+    if _active is not None:
+        raise HookError("tracing is on already in this process", hint="Call detach() first")
+    from vllm_trace.patches import TABLES
+
+    source = VllmSource.installed()
+    if source is None:
+        raise HookError("vLLM is not installed here", hint="pip install vllm, or make demo")
+    table = choose(TABLES, source.version)
+    rows = resolve(table, source, level=options.level, platform=current_platform())
+    demand(rows, source.version, strict=options.strict)
+    made = Recorder(options)
+    installation = install(rows, made)
+    made.notes = notes(source, rows, installation)
+    _warn(source.version, rows, installation, made)
+    _active = (made, installation)
+    return made
+
+
+def detach() -> list[str]:
+    """Restore the original functions and close the trace. Returns what could not be restored."""
+    global _active
+    if _active is None:
+        return []
+    (made, installation), _active = _active, None
+    said = installation.undo()
+    made.close()
+    return said
+
+
+def current_platform() -> str:
+    """``cpu`` or ``cuda``, as vLLM itself decided."""
+    from vllm.platforms import current_platform as platform
+
+    return "cpu" if platform.is_cpu() else "cuda"
+
+
+def notes(
+    source: VllmSource, rows: list[Resolution], installation: Installation
+) -> dict[str, object]:
+    """What the trace's header says of versions and hooks."""
+    hooks = []
+    for row in rows:
+        entry = row.to_dict()
+        if row.hook.target in installation.skipped:
+            entry |= {"state": "missing", "detail": installation.skipped[row.hook.target]}
+            entry |= {"without": row.hook.without}
+        hooks.append(entry)
+    torch = sys.modules.get("torch")
+    return {
+        "vllm": source.version,
+        "torch": str(getattr(torch, "__version__", "")),
+        "platform": current_platform(),
+        "hooks": hooks,
+    }
+
+
+def _warn(
+    version: str, rows: list[Resolution], installation: Installation, made: Recorder
+) -> None:
+    for row in rows:
+        reason = installation.skipped.get(row.hook.target)
+        if reason or not row.usable:
+            state = f"{row.state} ({row.detail})" if not row.usable else f"not hooked ({reason})"
+            made.tell(f"vLLM {version}: {row.hook.qualname} is {state}: {row.hook.without}")
+        elif row.state == "changed":
+            made.tell(f"vLLM {version}: {row.hook.qualname} differs from the reviewed source")

@@ -1,0 +1,268 @@
+"""The recorder of one process: what the probes append, and one write at the end of a step.
+
+A probe makes its event in place from values that are cheap to read, or, when making it takes
+more, calls ``defer(decode, value, …)`` and the decoder runs at the end of the step. Either way
+nothing else happens in a hooked call: no lock, no string, no encoding, no wait for a device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import count
+from multiprocessing import current_process, util
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from vllm_trace import __version__
+from vllm_trace.events import SCHEMA_VERSION, Event, ProbeFailed, RequestSeen
+from vllm_trace.options import Options
+from vllm_trace.tracefile import SUFFIX, TraceWriter
+
+MAX_PENDING = 1_000_000
+"""Captures held before a flush is forced; reached only when no step ever ends."""
+
+FINISHED_KEPT = 4096
+"""Names of finished requests that are still understood when a late event speaks of them."""
+
+
+class Numbers(dict[str, int]):
+    """Request name → number. A name that was not seen to arrive is introduced on first use."""
+
+    def __init__(self, introduce: Callable[[RequestSeen], None]) -> None:
+        super().__init__()
+        self._next = count()
+        self._introduce = introduce
+
+    def new(self, request_id: str) -> int:
+        """Number a request that arrives now; a name used before gets a new number."""
+        number = self[request_id] = next(self._next)
+        return number
+
+    def __missing__(self, request_id: str) -> int:
+        number = self.new(request_id)
+        self._introduce(RequestSeen(number, request_id))
+        return number
+
+
+class Recorder:
+    """Everything that one process records. One at a time in a process: ``vllm_trace.hooks``."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.pending: list[Any] = []
+        self.append = self.pending.append
+        self.numbers = Numbers(self.append)
+        self.next_step: Callable[[], int] = count(1).__next__
+        """Numbers the steps that this process schedules."""
+        self.count_kept: Callable[[], int] = count().__next__
+        """Counts the calls of ``allocate_slots`` that needed no new block."""
+        self.last_ids: list[str] = []
+        self.last_counts: list[int] = []
+        """Composition of the last step that was scheduled; a step like it is not spelled out."""
+        self.rank = 0
+        self.notes: dict[str, Any] = {}
+        """More for the header, set before the first event: versions, hooks and their state."""
+        self.counts: dict[str, int] = {}
+        self.failures: dict[str, int] = {}
+        self.on_failures: Callable[[str], None] = lambda hook: None
+        self.state: dict[str, Any] = {}
+        """What decoders keep between steps, by their own key."""
+        self.writer: TraceWriter | None = None
+        self._finished: OrderedDict[str, int] = OrderedDict()
+        self._kept_before = 0
+        self._deferred = False
+        self._flushing = False
+        self._told: set[str] = set()
+        self._closed = False
+        _alive.add(self)
+        # A child made by multiprocessing leaves by os._exit: atexit does not run there.
+        self._finalizer = util.Finalize(self, self.close, exitpriority=100)
+        atexit.register(self.close)
+
+    def _after_fork(self) -> None:
+        """A forked child has its own file; what the parent had pending is the parent's."""
+        self.writer = None
+        self.pending.clear()
+        self.numbers.clear()
+        self._finished.clear()
+        self.last_ids = []
+        self.state.clear()
+        self.counts.clear()
+        if not self._closed:
+            self._finalizer = util.Finalize(self, self.close, exitpriority=100)
+
+    def take_kept(self) -> int:
+        """Calls of ``count_kept`` since the last ``take_kept``."""
+        total = self.count_kept()
+        kept = total - self._kept_before
+        self._kept_before = total + 1
+        return kept
+
+    # Requests -------------------------------------------------------------------------
+
+    def numbers_of(self, request_ids: Iterable[str]) -> list[int]:
+        """Numbers of several requests, in their order."""
+        numbers = self.numbers
+        return [numbers[request_id] for request_id in request_ids]
+
+    def arrive(self, request_id: str) -> int:
+        """Number a request that arrives now."""
+        self._finished.pop(request_id, None)
+        self.last_ids = []
+        return self.numbers.new(request_id)
+
+    def retire(self, request_id: str) -> int:
+        """Number of a request that is finished; its name is forgotten some time later."""
+        number = self.numbers[request_id]
+        self._finished[request_id] = number
+        if len(self._finished) > FINISHED_KEPT:
+            name, old = self._finished.popitem(last=False)
+            if self.numbers.get(name) == old:
+                del self.numbers[name]
+        return number
+
+    # Making events --------------------------------------------------------------------
+
+    def defer(self, decode: Callable[..., Event | None], *values: Any) -> None:
+        """Have ``decode(recorder, *values)`` make the event when the step ends."""
+        self._deferred = True
+        self.append((decode, values))
+        if len(self.pending) > MAX_PENDING:
+            self.flush()
+
+    def emit(self, event: Event) -> None:
+        """From a decoder: add an event before the one that the decoder returns."""
+        self.append(event)
+
+    def flush(self) -> None:
+        """Write what is pending as one batch. Never raises."""
+        if self._closed:
+            self.pending.clear()
+            return
+        if self._flushing or not self.pending:
+            return
+        self._flushing = True
+        try:
+            if self._deferred or self.writer is None:
+                self._decode()
+            if self.writer is not None:
+                self.writer.write(self.pending)
+                if self.writer.failure:
+                    self._tell_failure()
+        except Exception as error:
+            self.probe_failed("the recorder's flush", error)
+        finally:
+            self.pending.clear()
+            self._flushing = False
+
+    def _decode(self) -> None:
+        """Replace what was deferred by the events that its decoders make, in place."""
+        self._deferred = False
+        taken = self.pending[:]
+        self.pending.clear()
+        for item in taken:
+            if type(item) is tuple:
+                decode, values = item
+                try:
+                    event = decode(self, *values)
+                except Exception as error:
+                    self.probe_failed(decode.__name__, error)
+                    continue
+                if event is not None:
+                    self.append(event)
+            else:
+                self.append(item)
+        if self.pending and self.writer is None:
+            self._open()
+
+    def _tell_failure(self) -> None:
+        assert self.writer is not None
+        self.tell(
+            f"the trace cannot be written on ({self.writer.failure}); "
+            "the engine goes on, events from here on are counted and dropped"
+        )
+
+    def _open(self) -> None:
+        if self._closed:
+            return
+        folder = Path(self.options.dir)
+        name = f"{process_role()}-{os.getpid()}{SUFFIX}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = TraceWriter(folder / name, self._header())
+        except OSError as error:
+            self._closed = True
+            self.tell(f"no trace: {error}; the engine goes on untraced")
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA_VERSION,
+            "vllm_trace": __version__,
+            "role": process_role(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "rank": self.rank,
+            "level": self.options.level,
+            "tokens": self.options.tokens,
+            "python": sys.version.split()[0],
+            "clock": {"monotonic_ns": time.monotonic_ns(), "unix_ns": time.time_ns()},
+        } | self.notes
+
+    def close(self) -> None:
+        """Flush, write the footer, and take no more events."""
+        if self._closed:
+            return
+        self.flush()
+        self._closed = True
+        self._finalizer.cancel()
+        atexit.unregister(self.close)
+        _alive.discard(self)
+        if self.writer is not None:
+            self.writer.close({"dropped": self.writer.dropped, "failures": self.failures})
+
+    # What goes wrong ------------------------------------------------------------------
+
+    def probe_failed(self, hook: str, error: Exception) -> None:
+        """Count it, name it once, and have the hook taken off when it keeps failing."""
+        count = self.failures[hook] = self.failures.get(hook, 0) + 1
+        if count == 1:
+            text = f"{type(error).__name__}: {error}"[:300]
+            self.append(ProbeFailed(hook, text))
+            self.tell(f"the probe of {hook} failed ({text}); the engine is not affected")
+        if count == self.options.failures:
+            self.tell(f"the probe of {hook} failed {count} times and is taken off")
+            self.on_failures(hook)
+
+    def tell(self, message: str) -> None:
+        """Say something once on stderr."""
+        if message not in self._told:
+            self._told.add(message)
+            print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
+
+
+_alive: WeakSet[Recorder] = WeakSet()
+
+
+def _after_fork() -> None:
+    for recorder in list(_alive):
+        recorder._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def process_role() -> str:
+    """What this process is to vLLM: ``engine``, ``worker`` or ``main``."""
+    name = current_process().name
+    if "EngineCore" in name or "DPEngine" in name:
+        return "engine"
+    if "Worker" in name:
+        return "worker"
+    return "main"

@@ -61,8 +61,10 @@ class Recorder:
         self.numbers = Numbers(self.append)
         self.next_step: Callable[[], int] = count(1).__next__
         """Numbers the steps that this process schedules."""
-        self.count_kept: Callable[[], int] = count().__next__
-        """Counts the calls of ``allocate_slots`` that needed no new block."""
+        self._kept: list[Any] = []
+        self.count_kept: Callable[[Any], None] = self._kept.append
+        """Counts the calls of ``allocate_slots`` that needed no new block. An append is the
+        cheapest way to count, and this is called once for each running request and step."""
         self.last_ids: list[str] = []
         self.last_counts: list[int] = []
         """Composition of the last step that was scheduled; a step like it is not spelled out."""
@@ -76,8 +78,8 @@ class Recorder:
         """What decoders keep between steps, by their own key."""
         self.writer: TraceWriter | None = None
         self._finished: OrderedDict[str, int] = OrderedDict()
-        self._kept_before = 0
-        self._deferred = False
+        self._plain = False
+        """The writer is open and ``pending`` holds nothing but events."""
         self._flushing = False
         self._told: set[str] = set()
         self._closed = False
@@ -89,6 +91,8 @@ class Recorder:
     def _after_fork(self) -> None:
         """A forked child has its own file; what the parent had pending is the parent's."""
         self.writer = None
+        self._plain = False
+        self._kept.clear()
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
@@ -100,9 +104,8 @@ class Recorder:
 
     def take_kept(self) -> int:
         """Calls of ``count_kept`` since the last ``take_kept``."""
-        total = self.count_kept()
-        kept = total - self._kept_before
-        self._kept_before = total + 1
+        kept = len(self._kept)
+        self._kept.clear()
         return kept
 
     # Requests -------------------------------------------------------------------------
@@ -132,7 +135,7 @@ class Recorder:
 
     def defer(self, decode: Callable[..., Event | None], *values: Any) -> None:
         """Have ``decode(recorder, *values)`` make the event when the step ends."""
-        self._deferred = True
+        self._plain = False
         self.append((decode, values))
         if len(self.pending) > MAX_PENDING:
             self.flush()
@@ -142,29 +145,39 @@ class Recorder:
         self.append(event)
 
     def flush(self) -> None:
-        """Write what is pending as one batch. Never raises."""
-        if self._closed:
-            self.pending.clear()
+        """Write what is pending as one batch; it is safe when this returns. Never raises."""
+        pending = self.pending
+        if not pending or self._flushing:
             return
-        if self._flushing or not self.pending:
-            return
-        self._flushing = True
+        failed = None
         try:
-            if self._deferred or self.writer is None:
-                self._decode()
-            if self.writer is not None:
-                self.writer.write(self.pending)
-                if self.writer.failure:
+            if self._plain or self._prepare():
+                writer = self.writer
+                assert writer is not None
+                writer.write(pending)
+                if writer.failure:
                     self._tell_failure()
         except Exception as error:
-            self.probe_failed("the recorder's flush", error)
+            failed = error
         finally:
-            self.pending.clear()
+            pending.clear()
+        if failed is not None:
+            self.probe_failed("the recorder's flush", failed)
+
+    def _prepare(self) -> bool:
+        """Decode what was deferred and have the file open; False when there is nothing to write."""
+        if self._closed:
+            return False
+        self._flushing = True
+        try:
+            self._decode()
+        finally:
             self._flushing = False
+        self._plain = self.writer is not None
+        return self._plain
 
     def _decode(self) -> None:
         """Replace what was deferred by the events that its decoders make, in place."""
-        self._deferred = False
         taken = self.pending[:]
         self.pending.clear()
         for item in taken:
@@ -221,6 +234,7 @@ class Recorder:
             return
         self.flush()
         self._closed = True
+        self._plain = False
         self._finalizer.cancel()
         atexit.unregister(self.close)
         _alive.discard(self)

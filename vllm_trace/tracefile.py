@@ -28,7 +28,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +45,7 @@ TAIL_SUFFIX = ".tail"
 _FRAME = struct.Struct("<cIII")
 _TAIL = struct.Struct("<8sQQ104s")
 _SIZE = struct.Struct("<I")
-_NO_SIZE = bytes(_SIZE.size)
+_put_size = _SIZE.pack_into
 
 TAIL_SIZE = 512 * 1024
 """Bytes of batches before they are compressed into a frame."""
@@ -55,6 +55,9 @@ MAX_RAW = 64 * 1024 * 1024
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+
+#: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class TraceWriter:
@@ -84,8 +87,9 @@ class TraceWriter:
             path.unlink(missing_ok=True)
             self._tail_path.unlink(missing_ok=True)
             raise
-        self._tail_end = len(self._tail)
-        self._used = _TAIL.size
+        # Room for the size of 0 that ends the batches is always left.
+        self._tail_end = len(self._tail) - _SIZE.size
+        self._used = self._tail_end
         self._begin_tail()
 
     def _open_tail(self, size: int) -> mmap.mmap:
@@ -95,7 +99,9 @@ class TraceWriter:
             return mmap.mmap(file.fileno(), size)
 
     def _begin_tail(self) -> None:
-        self._tail[_TAIL.size : _TAIL.size + _SIZE.size] = _NO_SIZE
+        # Zeros all the way, so that a batch always has a size of 0 behind it. When the tail is new
+        # this also touches each of its pages: no step pays for a page fault later.
+        self._tail[_TAIL.size : self._used] = bytes(self._used - _TAIL.size)
         self._tail[: _TAIL.size] = _TAIL.pack(
             MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
         )
@@ -103,33 +109,33 @@ class TraceWriter:
 
     def write(self, events: list[Event]) -> None:
         """Add one batch. It is safe from ``kill -9`` when this returns."""
-        data = _encode(events) + _NO_SIZE
+        data = _encode(events)
         begin = self._used
-        end = begin + len(data)
-        if end + 4 > self._tail_end or self.failure:
+        end = begin + 4 + len(data)
+        if end > self._tail_end:
             self._write_around_tail(events, data)
             return
         tail = self._tail
-        tail[begin + 4 : end + 4] = data
+        tail[begin + 4 : end] = data
         # The size goes in last: until then the batch does not exist for a reader.
-        _SIZE.pack_into(tail, begin, len(data) - 4)
+        _put_size(tail, begin, len(data))
         self._used = end
         self.num_events += len(events)
 
     def _write_around_tail(self, events: list[Event], data: bytes) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
-        self._flush_tail()
+        self.flush_tail()
         if self.failure:
             self._drop(len(events))
-        elif _TAIL.size + len(data) + 4 > self._tail_end:
-            if self._write_events(_SIZE.pack(len(data) - 4) + data[:-4]):
+        elif _TAIL.size + 4 + len(data) > self._tail_end:
+            if self._write_events(_SIZE.pack(len(data)) + data):
                 self.num_events += len(events)
             else:
                 self._drop(len(events))
         else:
             self.write(events)
 
-    def _flush_tail(self) -> None:
+    def flush_tail(self) -> None:
         """Compress the tail's batches into a frame and begin a new one."""
         if self._used == _TAIL.size or self.failure:
             return
@@ -140,6 +146,7 @@ class TraceWriter:
             self._write_frame(b"E", raw, compress=True)
         except OSError as error:
             self.failure = f"{error.strerror or error}"
+            self._tail_end = 0  # so that ``write`` need not ask for a failure
             self._drop(0)
             return False
         self._num_frames += 1
@@ -147,8 +154,7 @@ class TraceWriter:
         return True
 
     def _write_frame(self, kind: bytes, raw: bytes | bytearray, *, compress: bool) -> None:
-        stored = self._compress(raw) if compress else bytes(raw)
-        frame = _FRAME.pack(kind, len(raw), len(stored), zlib.crc32(stored)) + stored
+        frame = _frame(kind, raw, self._compress if compress else bytes)
         begin = self._file.tell()
         view = memoryview(frame)
         try:
@@ -171,7 +177,7 @@ class TraceWriter:
         """Write what is left and the footer. Safe to call twice."""
         if self._file.closed:
             return
-        self._flush_tail()
+        self.flush_tail()
         complete = not self.failure
         if complete:
             body = {"num_events": self.num_events, "num_frames": self._num_frames} | footer
@@ -185,6 +191,57 @@ class TraceWriter:
         self._file.close()
         if complete:
             self._tail_path.unlink(missing_ok=True)
+
+
+def _frame(kind: bytes, raw: bytes | bytearray, store: Callable[[Any], bytes]) -> bytes:
+    stored = store(raw)
+    return _FRAME.pack(kind, len(raw), len(stored), zlib.crc32(stored)) + stored
+
+
+def seal(path: Path, ended: str) -> bool:
+    """Close the file of a process that is gone: its tail becomes a frame, and a footer follows.
+
+    ``ended`` is ``stopped`` when somebody asked the process to stop, ``killed`` otherwise; a
+    killed process's file stays marked as truncated. Returns whether there was anything to do;
+    a file whose process still runs, or that cannot be read, is left as it is.
+    """
+    try:
+        file = TraceFile(path).finish()
+    except TraceError:
+        return False
+    if file.footer or is_running(file.header.get("pid", 0)):
+        return False
+    tail = path.with_name(path.name + TAIL_SUFFIX)
+    raw = b"".join(_SIZE.pack(len(body)) + body for body in _tail_batches(tail, file.num_frames))
+    footer = {"num_events": file.num_events, "dropped": file.dropped, "ended": ended}
+    try:
+        with open(path, "r+b") as out:
+            out.truncate(file.num_bytes)
+            out.seek(file.num_bytes)
+            if raw:
+                out.write(_frame(b"E", raw, zstandard.ZstdCompressor().compress))
+            out.write(_frame(b"F", msgspec.json.encode(footer), bytes))
+    except OSError:
+        return False
+    tail.unlink(missing_ok=True)
+    return True
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the file has its footer, or is none that could get one."""
+    try:
+        return bool(TraceFile(path).finish().footer)
+    except TraceError:
+        return True
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie; a file's writer is gone when it is not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
 
 
 class TraceFile:
@@ -201,6 +258,9 @@ class TraceFile:
         self.truncated = ""
         """Why the end is missing; empty for a whole file."""
         self.num_events = 0
+        self.num_frames = 0
+        self.num_bytes = 0
+        """Up to the end of the last whole frame that was read."""
         with open(path, "rb") as file:
             self.header = self._read_header(file)
             self._begin = file.tell()
@@ -211,13 +271,18 @@ class TraceFile:
             raise TraceError(f"{self.path} is empty", hint="Was the process killed as it started?")
         if magic != MAGIC:
             raise TraceError(f"{self.path} is not a vllm_trace file")
-        kind, body = _read_frame(file, self.path)
+        try:
+            kind, body = _read_frame(file, self.path)
+        except EOFError:
+            raise TraceError(
+                f"{self.path} ends within its header", hint="Was the process killed as it started?"
+            ) from None
         if kind != b"H":
             raise TraceError(f"{self.path} has no header: it was damaged")
         try:
             header = msgspec.json.decode(body)
             schema = int(header["schema"])
-        except (msgspec.DecodeError, KeyError, TypeError, ValueError):
+        except (*_UNREADABLE, KeyError, TypeError, ValueError, OverflowError):
             raise TraceError(f"{self.path} has an unreadable header: it was damaged") from None
         if schema > SCHEMA_VERSION:
             raise TraceError(
@@ -232,13 +297,15 @@ class TraceFile:
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
-        self.num_events, num_frames, ended = 0, 0, False
+        self.num_events, self.num_frames, ended = 0, 0, False
+        self.footer, self.dropped, self.truncated = {}, 0, ""
         self._requests: list[int] = []
         self._num_tokens: list[int] = []
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
             while not ended:
+                self.num_bytes = file.tell()
                 try:
                     frame = _read_frame(file, self.path)
                 except EOFError as error:
@@ -246,26 +313,36 @@ class TraceFile:
                     break
                 kind, body = frame
                 if kind == b"F":
-                    self.footer = msgspec.json.decode(body)
-                    self.dropped = int(self.footer.get("dropped", 0))
+                    self._read_footer(body)
+                    if self.footer.get("ended") == "killed":
+                        self.truncated = "the process was killed"
                     ended = True
                 elif kind == b"E":
-                    num_frames += 1
+                    self.num_frames += 1
                     raw = _unzip(decompress, body, self.path, file)
                     yield from self._decode_frame(raw)
                 else:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
         if not ended:
             self.truncated = self.truncated or "no footer: the process was killed or still runs"
-            yield from self._read_tail(num_frames)
+            yield from self._read_tail()
+
+    def _read_footer(self, body: bytes) -> None:
+        try:
+            self.footer = msgspec.json.decode(body, type=dict[str, Any])
+            self.dropped = int(self.footer.get("dropped", 0))
+        except (*_UNREADABLE, TypeError, ValueError, OverflowError):
+            raise TraceError(f"{self.path} has an unreadable footer: it was damaged") from None
 
     def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
         while position < len(raw):
             try:
                 (size,) = _SIZE.unpack_from(view, position)
+                if size > len(raw) - position - 4:
+                    raise struct.error(f"a batch claims {size} bytes")
                 batch = _decode(view[position + 4 : position + 4 + size])
-            except (struct.error, msgspec.DecodeError, msgspec.ValidationError) as error:
+            except (struct.error, *_UNREADABLE) as error:
                 raise TraceError(
                     f"{self.path} is damaged after event {self.num_events}: {error}"
                 ) from None
@@ -284,32 +361,24 @@ class TraceFile:
                 self._requests, self._num_tokens = event.requests, event.num_tokens
         return batch
 
-    def _read_tail(self, num_frames: int) -> Iterator[list[Event]]:
-        tail_path = self.path.with_name(self.path.name + TAIL_SUFFIX)
+    def _read_tail(self) -> Iterator[list[Event]]:
+        tail = self.path.with_name(self.path.name + TAIL_SUFFIX)
         try:
-            data = tail_path.read_bytes()
+            with open(tail, "rb") as file:
+                head = file.read(_TAIL.size)
         except OSError:
             return
-        if len(data) < _TAIL.size or not data.startswith(MAGIC):
-            return
-        _, generation, dropped, reason = _TAIL.unpack_from(data)
-        if dropped or reason.rstrip(b"\0"):
-            self.dropped = dropped
-            why = reason.rstrip(b"\0").decode(errors="replace")
-            self.truncated = f"could not be written on: {why}"
-        if generation != num_frames:
-            return
-        position = _TAIL.size
-        while position + _SIZE.size <= len(data):
-            (size,) = _SIZE.unpack_from(data, position)
-            body = data[position + _SIZE.size : position + _SIZE.size + size]
-            if not size or len(body) != size:
-                return
+        if len(head) == _TAIL.size and head.startswith(MAGIC):
+            _, _, dropped, reason = _TAIL.unpack(head)
+            if dropped or reason.rstrip(b"\0"):
+                self.dropped = dropped
+                why = reason.rstrip(b"\0").decode(errors="replace")
+                self.truncated = f"could not be written on: {why}"
+        for body in _tail_batches(tail, self.num_frames):
             try:
                 batch = _decode(body)
-            except (msgspec.DecodeError, msgspec.ValidationError):
+            except _UNREADABLE:
                 return
-            position += _SIZE.size + size
             yield self._whole(batch)
 
     def events(self) -> Iterator[Event]:
@@ -322,6 +391,27 @@ class TraceFile:
         for _ in self.batches():
             pass
         return self
+
+
+def _tail_batches(path: Path, num_frames: int) -> Iterator[bytes]:
+    """Batches of a tail that was begun after ``num_frames`` event frames; none of another."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_RAW)
+    except OSError:
+        return
+    if len(data) < _TAIL.size or not data.startswith(MAGIC):
+        return
+    if _TAIL.unpack_from(data)[1] != num_frames:
+        return
+    position = _TAIL.size
+    while position + _SIZE.size <= len(data):
+        (size,) = _SIZE.unpack_from(data, position)
+        body = data[position + _SIZE.size : position + _SIZE.size + size]
+        if not size or len(body) != size:
+            return
+        position += _SIZE.size + size
+        yield body
 
 
 def _read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:

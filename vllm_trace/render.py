@@ -1,0 +1,270 @@
+"""A summary as text for a terminal of 80 columns. Everything here returns rich renderables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vllm_trace.hooks.resolve import Resolution
+from vllm_trace.summary import Kernel, RequestLife, Step, Summary
+
+MAX_ROWS = 12
+"""Rows of a table before the middle is left out, in a summary for reading."""
+
+
+def table(*columns: str, title: str = "", left: Sequence[int] = (0,)) -> Table:
+    """A plain table; columns are right-aligned but those whose index is in ``left``."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index in left else "right", header_style="dim")
+    return made
+
+
+def duration(ns: float) -> str:
+    """Three significant digits with a unit: ``1.53 ms``, ``48.0 µs``."""
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            value = ns / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{ns:.0f} ns"
+
+
+def shorten(rows: Sequence[Any], limit: int = MAX_ROWS) -> list[Any]:
+    """The rows, or their head and tail with a None between."""
+    if len(rows) <= limit:
+        return list(rows)
+    head = limit * 2 // 3
+    return [*rows[:head], None, *rows[len(rows) - (limit - head - 1) :]]
+
+
+def ids(blocks: Iterable[int], limit: int = 10) -> str:
+    """Block ids with runs folded: ``1–5 9 12``; the null block is ``·``."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and block == runs[-1][1] + 1 and block:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    words = ["·" if not a else f"{a}" if a == b else f"{a}–{b}" for a, b in runs]
+    if len(words) > limit:
+        words = [*words[: limit - 2], "…", words[-1]]
+    return " ".join(words)
+
+
+def engine(summary: Summary) -> RenderableType:
+    """Which engine it was, and which attention backend it chose and why."""
+    header, config = summary.header, summary.engine
+    lines = [
+        f"vLLM {header.get('vllm')} on {header.get('platform')}, torch {header.get('torch')},"
+        f" traced at level {header.get('level')}"
+    ]
+    if config:
+        model = str(config["model"]).rstrip("/").rsplit("/", 1)[-1]
+        lines.append(
+            f"{escape(model)} ({config['dtype']}): {config['num_blocks']} blocks of"
+            f" {config['block_size']} tokens (block 0 is the null block),"
+            f" prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
+        )
+        lines.append(
+            f"up to {config['max_num_seqs']} requests and {config['max_num_batched_tokens']}"
+            f" tokens a step, {config['policy']}"
+            + (", async scheduling" if config["async_scheduling"] else "")
+        )
+    for group in summary.groups if len(summary.groups) > 1 else ():
+        window = f", window {group['sliding_window']}" if group["sliding_window"] else ""
+        lines.append(
+            f"KV group of {group['num_layers']} layers: {group['kind']},"
+            f" {group['block_size']} tokens a block{window}"
+        )
+    for backend in summary.backends:
+        lines.append(_why(backend))
+    return Text.from_markup("\n".join(lines))
+
+
+def _why(backend: dict[str, Any]) -> str:
+    sizes = ", ".join(backend["settings"].get("block_sizes", ()))
+    rejected = [c for c in backend["candidates"] if c[0] != backend["backend"]]
+    if rejected:
+        why = "; ".join(f"{name}: {escape(reason)}" for name, reason in rejected)
+        why = f"chosen before {why}"
+    elif backend["backend"].startswith("CPU"):
+        why = "the only one that the CPU platform has"
+    else:
+        why = "the first that was valid"
+    kinds = f"; takes blocks of {sizes}" if sizes else ""
+    return (
+        f"attention backend [bold]{backend['backend']}[/] for {len(backend['layers'])} layers"
+        f" ({escape(why)}{kinds})"
+    )
+
+
+def steps(rows: Sequence[Step], limit: int = MAX_ROWS) -> Table:
+    """One line a step: how long each stage took, what it computed, what was left."""
+    made = table(
+        "step", "sched", "forward", "post", "prefill", "decode", "run", "wait", "free", "", left=(9,)
+    )
+    for step in shorten(rows, limit):
+        if step is None:
+            made.add_row(*["…"] * 9, "")
+            continue
+        marks = [
+            f"+{step.num_joined}" if step.num_joined else "",
+            f"-{step.num_left}" if step.num_left else "",
+            f"preempted {step.num_preempted}" if step.num_preempted else "",
+        ]
+        made.add_row(
+            str(step.step),
+            duration(step.schedule_ns),
+            duration(step.forward_ns) if step.forward_ns else "–",
+            duration(step.sample_ns + step.postprocess_ns),
+            str(step.num_prefill_tokens or "–"),
+            str(step.num_decode_tokens or "–"),
+            str(step.num_running),
+            str(step.num_waiting or "–"),
+            str(step.num_free_blocks),
+            " ".join(mark for mark in marks if mark),
+        )
+    return made
+
+
+def requests(rows: Sequence[RequestLife], limit: int = MAX_ROWS) -> Table:
+    """One line a request, with its block table as logical → physical."""
+    made = table(
+        "request", "prompt", "hit", "out", "steps", "pre", "end", "logical → physical blocks",
+        left=(0, 6, 7),
+    )  # fmt: skip
+    for life in shorten(rows, limit):
+        if life is None:
+            made.add_row("…")
+            continue
+        made.add_row(
+            escape(life.name[-24:]),
+            str(life.num_prompt_tokens),
+            str(life.num_hit_tokens + life.num_resume_hit_tokens or "–"),
+            str(life.num_output_tokens),
+            str(life.num_steps),
+            str(life.num_preemptions or "–"),
+            life.reason or "–",
+            mapping(life.table),
+        )
+    return made
+
+
+def mapping(table: Sequence[Sequence[int]], limit: int = 6) -> str:
+    """``0→1–3 3→9``: runs of logical blocks and where they are; groups separated by ``|``."""
+    groups = []
+    for row in table:
+        parts: list[str] = []
+        start = 0
+        while start < len(row):
+            end = start
+            while end + 1 < len(row) and row[end + 1] == row[end] + 1 and row[start]:
+                end += 1
+            parts.append(f"{start}→{ids(row[start : end + 1])}")
+            start = end + 1
+        if len(parts) > limit:
+            parts = [*parts[: limit - 1], f"… {parts[-1]}"]
+        groups.append(" ".join(parts))
+    return " | ".join(groups)
+
+
+def kernels(rows: Sequence[Kernel]) -> Table:
+    """Time by kernel and variant."""
+    made = table(
+        "attention kernel", "variant", "steps", "calls", "total", "a call", "clock", left=(0, 1, 6)
+    )
+    for kernel in rows:
+        made.add_row(
+            kernel.kernel,
+            kernel.variant or "–",
+            str(kernel.num_steps),
+            str(kernel.num_calls),
+            duration(kernel.total_ns),
+            duration(kernel.total_ns / max(1, kernel.num_calls)),
+            kernel.clock,
+        )
+    return made
+
+
+def hooks(rows: Sequence[Resolution]) -> Table:
+    """Every hook with its state, and what its absence costs."""
+    made = table("hook", "for", "state", "gives", left=(0, 1, 2, 3))
+    styles = {"ok": "green", "changed": "yellow", "incompatible": "red", "missing": "red"}
+    for row in rows:
+        need = "*" if row.hook.required else ""
+        state = Text(row.state, style=styles[row.state])
+        gives = row.hook.emits.replace(" ", ", ")
+        if not row.usable:
+            gives = f"{row.detail}. Without it {row.hook.without}"
+        made.add_row(row.hook.qualname + need, row.hook.platform or "all", state, gives)
+    made.caption = "* required: without it nothing is hooked at all"
+    made.caption_justify = "left"
+    return made
+
+
+def findings(summary: Summary) -> list[str]:
+    """Hits, evictions and preemptions in sentences, and whether the workers agree."""
+    facts = summary.facts()
+    prompt = sum(r.num_prompt_tokens for r in summary.requests)
+    said = []
+    if facts["hit_tokens"] or facts["resume_hit_tokens"]:
+        resumed = (
+            f", and {facts['resume_hit_tokens']} of their own tokens by resumed requests"
+            if facts["resume_hit_tokens"]
+            else ""
+        )
+        said.append(
+            f"prefix cache: {facts['hit_requests']} of {facts['requests']} requests hit"
+            f" {facts['hit_tokens']} of {prompt} prompt tokens{resumed};"
+            f" {facts['shared_blocks']} blocks stood in more than one table"
+        )
+    elif summary.engine.get("enable_prefix_caching") and summary.requests:
+        said.append("prefix cache: no request hit")
+    if facts["evictions"]:
+        said.append(f"evictions: {facts['evictions']} cached blocks were handed out anew")
+    if facts["preemptions"]:
+        names = [r.name for r in summary.requests if r.num_preemptions]
+        said.append(
+            f"preemptions: {facts['preemptions']}, of {', '.join(names[:4])}"
+            + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        )
+    elif summary.requests:
+        said.append("preemptions: none")
+    if summary.worker.num_rows:
+        who = "worker" if summary.num_workers <= 1 else f"{summary.num_workers} workers"
+        said.append(
+            summary.worker.first_difference
+            or f"{who}: {summary.worker.num_rows} table rows and {summary.worker.num_slots}"
+            " slots as the kernels received them, all equal to the manager's"
+        )
+    if summary.engine:
+        held = facts["blocks_in_use_at_end"]
+        said.append(f"at the end {held or 'no'} blocks were held")
+    return said
+
+
+def report(summary: Summary, *, limit: int = MAX_ROWS) -> RenderableType:
+    """The whole summary, as ``run`` prints it."""
+    parts: list[RenderableType] = [engine(summary), ""]
+    if summary.steps:
+        parts += [_titled(f"Steps ({len(summary.steps)})", steps(summary.steps, limit))]
+    if summary.requests:
+        title = f"Requests ({len(summary.requests)})"
+        parts += [_titled(title, requests(summary.requests, limit))]
+    if summary.kernels:
+        parts += [_titled("Kernels", kernels(summary.kernels))]
+    parts += [_titled("What happened", Text("\n".join(findings(summary))))]
+    if summary.problems:
+        text = Text("\n".join(summary.problems), style="yellow")
+        parts += [_titled("What this trace does not hold", text)]
+    return Group(*parts)
+
+
+def _titled(title: str, body: RenderableType) -> RenderableType:
+    return Group(Text(title, style="bold"), Padding(body, (0, 0, 1, 2)))

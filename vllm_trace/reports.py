@@ -1,0 +1,116 @@
+"""Where made things go: ``reports/<what>/<run>/``, each with its command, versions and date."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from vllm_trace import __version__, render
+from vllm_trace.errors import TraceError, UsageError
+from vllm_trace.summary import Summary
+from vllm_trace.trace import read_trace
+from vllm_trace.tracefile import SUFFIX
+
+if TYPE_CHECKING:
+    from vllm_trace.runner import Outcome
+    from vllm_trace.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one run."""
+
+    folder: Path
+    date: str
+
+    @property
+    def trace(self) -> Path:
+        return self.folder / "trace"
+
+
+def new_run(what: str, output: Path | None = None) -> Run:
+    """Make the folder of a new run; ``reports/<what>/latest`` points at it.
+
+    Raises: ``UsageError`` when it cannot be made, or is not empty.
+    """
+    now = datetime.now()
+    folder = output or Path("reports") / what / f"{now:%Y%m%d-%H%M%S}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UsageError(f"{folder} is not empty", hint="Give another folder with -o")
+        if output is None:
+            latest = folder.with_name("latest")
+            latest.unlink(missing_ok=True)
+            latest.symlink_to(folder.name)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
+    return Run(folder, now.isoformat(timespec="seconds"))
+
+
+def save(
+    run: Run, document: dict[str, Any], summary: Summary, scenario: Scenario, outcome: Outcome
+) -> Group:
+    """Write ``summary.txt`` and ``summary.json``; returns the text for the terminal."""
+    head = [
+        Text(f"{scenario.name}: {scenario.title}", style="bold"),
+        Text(" ".join(scenario.shows.split()), style="dim"),
+        Text(),
+    ]
+    notes = [Text(f"Note: {note}.", style="yellow") for note in outcome.notes]
+    if notes:
+        notes.append(Text())
+    text = Group(*head, *notes, render.report(summary), *_verdict(document, scenario))
+    stamp = (
+        f"command: {document['command']}\n"
+        f"versions: vllm_trace {__version__}, vLLM {summary.header.get('vllm')}, "
+        f"torch {summary.header.get('torch')}, Python {sys.version.split()[0]}\n"
+        f"date: {run.date}\n\n"
+    )
+    plain = io.StringIO()
+    Console(file=plain, width=80, highlight=False).print(text)
+    (run.folder / "summary.txt").write_text(stamp + plain.getvalue(), encoding="utf-8")
+    with open(run.folder / "summary.json", "w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, default=str)
+    return text
+
+
+def _verdict(document: dict[str, Any], scenario: Scenario) -> list[Text]:
+    if document["failures"]:
+        return [Text(f"It did not show: {f}", style="red") for f in document["failures"]]
+    checked = len(scenario.expect)
+    if document["header"].get("level") == "light":
+        return [Text("Level light: what the scenario must show was not checked")]
+    return [Text(f"Shown as stated: all {checked} expectations hold", style="green")]
+
+
+def describe_recording(run: Run) -> str:
+    """One sentence on what a ``record`` left behind, and what to do with it."""
+    files = sorted(run.trace.glob(f"*{SUFFIX}")) if run.trace.is_dir() else []
+    if not files:
+        return (
+            "no vLLM process of that command wrote a trace. Is this package installed in its "
+            "environment? Try: vllm-trace doctor"
+        )
+    try:
+        summary = Summary.of(read_trace(run.trace))
+    except TraceError as error:
+        return f"a trace was written, but: {error}"
+    facts = summary.facts()
+    told = (
+        f"{facts['requests']} requests, {facts['steps']} steps, {summary.num_events} events "
+        f"of {len(files)} processes"
+    )
+    for problem in summary.problems:
+        told += f"\n  {problem}"
+    return f"{told}\n  vllm-trace show {shlex.quote(str(run.folder))}"

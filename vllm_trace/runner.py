@@ -1,0 +1,288 @@
+"""Runs a scenario on a real vLLM engine in this process, with tracing on.
+
+The engine is made with few surprises: one OpenMP thread unless asked, plain request ids, a
+small KV pool, no usage reports, and vLLM's cache of model classes kept between runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_trace.errors import EngineError, UsageError, unknown
+from vllm_trace.options import cache_dir
+from vllm_trace.scenario import Arrival, Scenario
+
+STEADY: dict[str, Any] = {
+    "enforce_eager": True,
+    "seed": 0,
+    "kv_cache_memory_bytes": 256 << 20,
+    "use_tqdm_on_load": False,
+}
+"""Engine arguments of every run; a scenario's own and the user's come over them."""
+
+EXACT = {"dtype": "float32"}
+"""For the tiny checkpoints: greedy tokens then do not depend on how a batch was cut."""
+
+_alive: list[Any] = []
+"""Engines made here. Dropping one destroys the process groups of the next one (vLLM 0.32)."""
+
+
+@dataclass
+class Outcome:
+    """What the engine answered."""
+
+    token_ids: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    """Per request the token ids of each of its outputs (n, or beams)."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What was not done to the letter, and why."""
+    start_seconds: float = 0.0
+    run_seconds: float = 0.0
+
+
+def quiet_environment(threads: int = 1) -> dict[str, str]:
+    """Variables for a steady and quiet engine; those that the user has set are kept."""
+    wanted = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CACHE_ROOT": str(cache_dir() / "vllm"),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def start_engine(
+    scenario: Scenario, *, model: str = "", engine_args: Mapping[str, Any] | None = None
+) -> tuple[Any, list[str]]:
+    """Make the ``vllm.LLM`` of a scenario. Returns it with notes.
+
+    Raises: ``EngineError`` with vLLM's own words when it does not start, ``UsageError`` for an
+    engine argument that does not exist.
+    """
+    os.environ |= quiet_environment()
+    try:
+        # Collections while vLLM is imported cost a second and free nothing.
+        with _no_gc():
+            from vllm import LLM
+            from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:
+        raise EngineError(
+            f"vLLM cannot be imported: {error}", hint="Try: make demo, or vllm-trace doctor"
+        ) from error
+    from vllm_trace.hooks import register
+
+    register()
+    asked = dict(engine_args or {})
+    known = set(EngineArgs.__dataclass_fields__)
+    for name in asked:
+        if name not in known:
+            raise unknown("engine argument", name, known)
+    model = model or str(asked.get("model") or scenario.engine["model"])
+    folder = _model_folder(model)
+    arguments, notes = fit_to_platform(
+        STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked
+    )
+    arguments["model"] = folder
+    if int(arguments.get("tensor_parallel_size", 1)) > 1:
+        # Several workers on one NUMA node: vLLM wants to be told that this is meant.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        with _no_gc():
+            llm = LLM(**arguments)
+    except Exception as error:
+        raise EngineError(
+            f"vLLM did not start: {error}", hint=f"Engine arguments: {arguments}"
+        ) from error
+    _alive.append(llm)
+    return llm, notes
+
+
+def fit_to_platform(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Change what this platform's attention cannot do, and say so."""
+    from vllm.platforms import current_platform
+
+    notes = []
+    asked = arguments.get("block_size")
+    if asked and current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
+        base = getattr(sizes[0], "base", 1)
+        if asked % base:
+            arguments["block_size"] = -(-asked // base) * base
+            notes.append(
+                f"block size {asked} was asked for; vLLM's CPU attention takes multiples of "
+                f"{base}, so it runs with {arguments['block_size']}"
+            )
+    return arguments, notes
+
+
+def _model_folder(model: str) -> str:
+    from vllm_trace import checkpoints
+
+    return str(checkpoints.checkpoint(model)) if model in checkpoints.NAMES else model
+
+
+def run_workload(llm: Any, scenario: Scenario) -> Outcome:
+    """Drive the engine step by step, adding and aborting requests as the scenario says.
+
+    Raises: ``UsageError`` when a prompt does not fit the engine.
+    """
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    arrivals = scenario.arrivals(vocab_size)
+    outcome = Outcome()
+    started = time.perf_counter()
+    _Driver(llm, [a for a in arrivals if not a.beam_width], outcome).run()
+    for arrival in arrivals:
+        if arrival.beam_width:
+            _beam_search(llm, arrival, outcome)
+    outcome.run_seconds = time.perf_counter() - started
+    return outcome
+
+
+def stop_engine(llm: Any) -> None:
+    """Shut the engine and its processes down; their traces can be closed then."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def warnings_of(log: Path) -> list[str]:
+    """What this package itself said while stderr went to the log."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.startswith("vllm-trace:")]
+
+
+class _Driver:
+    """The client of one workload: adds, steps, aborts."""
+
+    def __init__(self, llm: Any, arrivals: list[Arrival], outcome: Outcome) -> None:
+        self.engine = llm.llm_engine
+        self.waiting = list(arrivals)
+        self.outcome = outcome
+        self.finished: set[str] = set()
+        self.aborts = {a.name: a.abort_after for a in arrivals if a.abort_after}
+
+    def run(self) -> None:
+        step = 0
+        with self._held():
+            self._add_due(step)
+        while self.waiting or self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                self._take(output)
+            step += 1
+            if not self.engine.has_unfinished_requests() and self.waiting:
+                # Nothing runs: time stands still until the next one comes.
+                step = max(step, min(a.step for a in self.waiting if not a.after or self._due(a)))
+            self._add_due(step)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Requests of the first step reach an engine in another process all at once."""
+        core = self.engine.engine_core
+        if not hasattr(core, "call_utility"):
+            yield
+            return
+        core.call_utility("pause_scheduler", "keep", False)
+        yield
+        core.call_utility("resume_scheduler")
+
+    def _due(self, arrival: Arrival) -> bool:
+        return arrival.after in self.finished if arrival.after else True
+
+    def _add_due(self, step: int) -> None:
+        due = [a for a in self.waiting if a.step <= step and self._due(a)]
+        for arrival in due:
+            self.waiting.remove(arrival)
+            self._add(arrival)
+        for arrival in due:
+            if self.aborts.get(arrival.name) == -1:
+                self._abort(arrival.name)
+
+    def _add(self, arrival: Arrival) -> None:
+        from vllm import SamplingParams
+
+        prompt: Any = arrival.text or {"prompt_token_ids": list(arrival.token_ids)}
+        params = SamplingParams(
+            n=arrival.n,
+            temperature=arrival.temperature,
+            seed=arrival.seed,
+            max_tokens=arrival.max_tokens,
+            ignore_eos=True,
+        )
+        try:
+            self.engine.add_request(arrival.name, prompt, params)
+        except ValueError as error:
+            raise UsageError(f"request {arrival.name}: {error}") from error
+
+    def _take(self, output: Any) -> None:
+        name = output.request_id
+        tokens = [tuple(part.token_ids) for part in output.outputs]
+        self.outcome.token_ids[name] = tokens
+        self.outcome.texts[name] = [part.text for part in output.outputs]
+        if output.finished:
+            self.finished.add(name)
+        elif 0 < self.aborts.get(name, 0) <= max(map(len, tokens)):
+            self._abort(name)
+
+    def _abort(self, name: str) -> None:
+        self.aborts.pop(name)
+        self.engine.abort_request([name])
+        self.finished.add(name)
+
+
+def _beam_search(llm: Any, arrival: Arrival, outcome: Outcome) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt: Any = {"prompt": arrival.text} if arrival.text else None
+    prompt = prompt or {"prompt_token_ids": list(arrival.token_ids)}
+    params = BeamSearchParams(
+        beam_width=arrival.beam_width, max_tokens=arrival.max_tokens, ignore_eos=True
+    )
+    (output,) = llm.beam_search([prompt], params)
+    outcome.token_ids[arrival.name] = [tuple(s.tokens) for s in output.sequences]
+    outcome.texts[arrival.name] = [s.text or "" for s in output.sequences]
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def stderr_to(path: Path) -> Iterator[Callable[[], str]]:
+    """Send everything that C and Python code print to stderr into a file while inside.
+
+    Yields a function that reads the file's last lines.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(path, "ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield lambda: "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)

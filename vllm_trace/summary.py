@@ -1,0 +1,429 @@
+"""A trace told in numbers: the engine, its steps, its requests, its kernels.
+
+``Summary.of(trace)`` reads a trace once. ``facts`` is the flat form that scenarios check their
+statements against; ``to_dict`` is the JSON form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_trace.events import (
+    AttentionCalled,
+    AttentionPlanned,
+    BackendSelected,
+    BlockEvicted,
+    EngineConfigured,
+    Event,
+    PrefixLookedUp,
+    RequestArrived,
+    RequestFinished,
+    RequestPreempted,
+    SlotsAllocated,
+    SlotsMapped,
+    SlotsRefused,
+    StepExecuted,
+    StepSampled,
+    StepScheduled,
+    StepUpdated,
+    TableRowChanged,
+)
+from vllm_trace.state import KVState
+from vllm_trace.trace import Trace
+
+
+@dataclass
+class Step:
+    """One engine step. Times in ns; ``forward_ns`` is the slowest worker's."""
+
+    step: int
+    started_ns: int = 0
+    schedule_ns: int = 0
+    execute_ns: int = 0
+    forward_ns: int = 0
+    sample_ns: int = 0
+    postprocess_ns: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_requests: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_joined: int = 0
+    num_left: int = 0
+    num_preempted: int = 0
+    variant: str = ""
+
+
+@dataclass
+class RequestLife:
+    """One request, from arrival to finish."""
+
+    request: int
+    name: str
+    arrived_ns: int = 0
+    first_scheduled_ns: int = 0
+    finished_ns: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_hit_tokens: int = 0
+    """From the prefix cache, at the first admission."""
+    num_resume_hit_tokens: int = 0
+    """From the prefix cache, at admissions after a preemption."""
+    num_chunks: int = 0
+    """Steps that computed tokens of the prompt."""
+    num_preemptions: int = 0
+    num_refusals: int = 0
+    num_steps: int = 0
+    reason: str = ""
+    first_step: int = 0
+    last_step: int = 0
+    table: list[list[int]] = field(default_factory=list)
+    """Block ids per group in logical order, when the table was longest."""
+    max_context: int = 0
+    lora: str | None = None
+    salted: bool = False
+
+
+@dataclass
+class Kernel:
+    """Calls of one attention kernel variant. Times in ns."""
+
+    kernel: str
+    variant: str
+    num_steps: int = 0
+    num_calls: int = 0
+    total_ns: int = 0
+    clock: str = "host"
+
+
+@dataclass
+class WorkerCheck:
+    """Whether the tables and slots that kernels received are the manager's."""
+
+    num_rows: int = 0
+    num_slots: int = 0
+    first_difference: str = ""
+
+
+@dataclass
+class Summary:
+    """What a trace says, in numbers."""
+
+    header: dict[str, Any]
+    engine: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    backends: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    requests: list[RequestLife] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    worker: WorkerCheck = field(default_factory=WorkerCheck)
+    num_workers: int = 0
+    num_events: int = 0
+    num_evictions: int = 0
+    num_refusals: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, trace: Trace) -> Summary:
+        """Read the trace to its end."""
+        reading = _Reading(cls(header=trace.header))
+        for record in trace.records():
+            reading.take(record.process, record.event)
+        made = reading.done()
+        made.problems = trace.problems
+        return made
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(step.num_preempted for step in self.steps)
+
+    def facts(self) -> dict[str, int | str]:
+        """Flat facts: totals by name, and those of a request as ``<name>.<fact>``."""
+        finished = [r for r in self.requests if r.reason]
+        told: dict[str, int | str] = {
+            "requests": len(self.requests),
+            "finished": len(finished),
+            "aborted": sum(r.reason == "abort" for r in self.requests),
+            "steps": len(self.steps),
+            "output_tokens": sum(r.num_output_tokens for r in self.requests),
+            "preemptions": self.num_preemptions,
+            "preempted_requests": sum(r.num_preemptions > 0 for r in self.requests),
+            "resume_hit_tokens": sum(r.num_resume_hit_tokens for r in self.requests),
+            "refusals": self.num_refusals,
+            "evictions": self.num_evictions,
+            "hit_requests": sum(r.num_hit_tokens > 0 for r in self.requests),
+            "hit_tokens": sum(r.num_hit_tokens for r in self.requests),
+            "chunked_requests": sum(r.num_chunks > 1 for r in self.requests),
+            "mixed_steps": sum(
+                s.num_prefill_tokens > 0 and s.num_decode_tokens > 0 for s in self.steps
+            ),
+            "join_steps": sum(s.num_joined > 0 and s.num_decode_tokens > 0 for s in self.steps),
+            "leave_steps": sum(s.num_left > 0 for s in self.steps),
+            "max_running": max((s.num_running for s in self.steps), default=0),
+            "max_waiting": max((s.num_waiting for s in self.steps), default=0),
+            "max_context": max((r.max_context for r in self.requests), default=0),
+            "kernel_calls": sum(k.num_calls for k in self.kernels),
+            "shared_blocks": self._num_shared_blocks(),
+            "blocks_in_use_at_end": self._blocks_in_use_at_end(),
+            "worker_rows": self.worker.num_rows,
+            "worker_differences": int(bool(self.worker.first_difference)),
+        }
+        for request in self.requests:
+            told |= {
+                f"{request.name}.{key}": value
+                for key, value in {
+                    "hit_tokens": request.num_hit_tokens,
+                    "output_tokens": request.num_output_tokens,
+                    "blocks": len(request.table[0]) if request.table else 0,
+                    "chunks": request.num_chunks,
+                    "preemptions": request.num_preemptions,
+                    "context": request.max_context,
+                    "reason": request.reason,
+                }.items()
+            }
+        return told
+
+    def _num_shared_blocks(self) -> int:
+        """Blocks that stand in the tables of more than one request."""
+        owners: dict[int, int] = {}
+        for request in self.requests:
+            for block in {b for row in request.table for b in row if b}:
+                owners[block] = owners.get(block, 0) + 1
+        return sum(count > 1 for count in owners.values())
+
+    def _blocks_in_use_at_end(self) -> int:
+        if not self.steps or not self.engine:
+            return 0
+        return self.engine["num_blocks"] - 1 - self.engine["num_free_blocks_at_end"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; ``schema`` counts changes of its shape."""
+        return {"schema": 1} | asdict(self)
+
+
+class _Reading:
+    """The fold behind ``Summary.of``."""
+
+    def __init__(self, summary: Summary) -> None:
+        self.made = summary
+        self.state = KVState()
+        self.steps: dict[int, Step] = {}
+        self.lives: dict[int, RequestLife] = {}
+        self.kernels: dict[tuple[str, str], Kernel] = {}
+        self.variants: dict[tuple[int, int], tuple[str, str]] = {}
+        self.preempted_since: int = 0
+        self.rows: dict[tuple[int, int, int], list[int]] = {}
+        self.planned: dict[int, dict[int, tuple[list[list[int]], int]]] = {}
+        self.workers: set[int] = set()
+
+    def take(self, process: int, event: Event) -> None:
+        self.made.num_events += 1
+        handler = _TAKE.get(type(event))
+        if handler is not None:
+            handler(self, process, event)
+        self.state.apply(event)
+        if type(event) is StepScheduled:
+            self._after_schedule(event)
+
+    def done(self) -> Summary:
+        made = self.made
+        made.steps = [self.steps[number] for number in sorted(self.steps)]
+        made.requests = [self.lives[number] for number in sorted(self.lives)]
+        made.kernels = sorted(self.kernels.values(), key=lambda k: -k.total_ns)
+        made.num_workers = len(self.workers)
+        if made.engine:
+            in_use = {block for table in self.state.tables.values() for row in table for block in row}
+            free = made.engine["num_blocks"] - 1 - len(in_use - {0})
+            made.engine["num_free_blocks_at_end"] = free
+        return made
+
+    def _engine(self, process: int, event: EngineConfigured) -> None:
+        self.made.engine = event.settings | {
+            "block_size": event.block_size,
+            "hash_block_size": event.hash_block_size,
+            "num_blocks": event.num_blocks,
+            "num_free_blocks_at_end": event.num_blocks - 1,
+        }
+        self.made.groups = [
+            {
+                "kind": group.kind,
+                "block_size": group.block_size,
+                "num_layers": len(group.layers),
+                "sliding_window": group.sliding_window,
+                "page_size_bytes": group.page_size_bytes,
+            }
+            for group in event.groups
+        ]
+
+    def _backend(self, process: int, event: BackendSelected) -> None:
+        entry = {
+            "backend": event.backend,
+            "impl": event.impl,
+            "candidates": [list(candidate) for candidate in event.candidates],
+            "settings": event.settings,
+        }
+        for known in self.made.backends:
+            if all(known[key] == value for key, value in entry.items()):
+                known["layers"].append(event.layer)
+                return
+        self.made.backends.append(entry | {"layers": [event.layer]})
+
+    def _arrived(self, process: int, event: RequestArrived) -> None:
+        self.lives[event.request] = RequestLife(
+            request=event.request,
+            name=event.request_id,
+            arrived_ns=event.at_ns,
+            num_prompt_tokens=event.num_prompt_tokens,
+            lora=event.lora,
+            salted=event.salted,
+        )
+
+    def _life(self, request: int) -> RequestLife:
+        return self.lives.setdefault(request, RequestLife(request, f"#{request}"))
+
+    def _finished(self, process: int, event: RequestFinished) -> None:
+        life = self._life(event.request)
+        life.finished_ns, life.reason = event.at_ns, event.reason
+        life.num_output_tokens = event.num_output_tokens
+
+    def _preempted(self, process: int, event: RequestPreempted) -> None:
+        self._life(event.request).num_preemptions += 1
+        self.preempted_since += 1
+
+    def _allocated(self, process: int, event: SlotsAllocated) -> None:
+        life = self._life(event.request)
+        if event.num_hit_tokens and life.num_preemptions:
+            life.num_resume_hit_tokens += event.num_hit_tokens
+        elif event.num_hit_tokens:
+            life.num_hit_tokens = event.num_hit_tokens
+
+    def _refused(self, process: int, event: SlotsRefused) -> None:
+        self.made.num_refusals += 1
+        self._life(event.request).num_refusals += 1
+
+    def _evicted(self, process: int, event: BlockEvicted) -> None:
+        self.made.num_evictions += 1
+
+    def _scheduled(self, process: int, event: StepScheduled) -> None:
+        step = self.steps.setdefault(event.step, Step(event.step))
+        step.started_ns, step.schedule_ns = event.started_ns, event.dur_ns
+        step.num_running, step.num_waiting = event.num_running, event.num_waiting
+        step.num_free_blocks = event.num_free_blocks
+        step.num_requests = len(event.requests or ())
+        step.num_joined = len(event.new) + len(event.resumed)
+        step.num_left = len(event.finished)
+        step.num_preempted, self.preempted_since = self.preempted_since, 0
+
+    def _after_schedule(self, event: StepScheduled) -> None:
+        """With the state as the schedule left it: phases, tables, and what workers must get."""
+        step = self.steps[event.step]
+        planned = {}
+        for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
+            life = self._life(request)
+            computed = self.state.computed.get(request, count)
+            before = computed - count
+            if before < life.num_prompt_tokens:
+                step.num_prefill_tokens += count
+                life.num_chunks += 1
+            else:
+                step.num_decode_tokens += count
+            life.num_steps += 1
+            life.first_step = life.first_step or event.step
+            life.first_scheduled_ns = life.first_scheduled_ns or event.started_ns
+            life.last_step = event.step
+            life.max_context = max(life.max_context, computed)
+            table = self.state.tables.get(request, [])
+            if table and len(table[0]) >= len(life.table[0] if life.table else ()):
+                life.table = [list(row) for row in table]
+            planned[request] = (life.table, before)
+        self.planned[event.step] = planned
+        for old in [number for number in self.planned if number < event.step - 8]:
+            del self.planned[old]
+
+    def _updated(self, process: int, event: StepUpdated) -> None:
+        self.steps.setdefault(event.step, Step(event.step)).postprocess_ns = event.dur_ns
+
+    def _executed(self, process: int, event: StepExecuted) -> None:
+        self.workers.add(process)
+        step = self.steps.setdefault(event.step, Step(event.step))
+        step.execute_ns = max(step.execute_ns, event.dur_ns)
+        step.forward_ns = max(step.forward_ns, event.forward_dur_ns)
+
+    def _sampled(self, process: int, event: StepSampled) -> None:
+        step = self.steps.setdefault(event.step, Step(event.step))
+        step.sample_ns = max(step.sample_ns, event.dur_ns)
+
+    def _attention_planned(self, process: int, event: AttentionPlanned) -> None:
+        self.variants[process, event.step] = (event.kernel, event.variant)
+        step = self.steps.setdefault(event.step, Step(event.step))
+        step.variant = event.variant
+
+    def _attention_called(self, process: int, event: AttentionCalled) -> None:
+        key = self.variants.get((process, event.step), (event.kernel, ""))
+        kernel = self.kernels.setdefault(key, Kernel(*key, clock=event.clock))
+        kernel.num_steps += 1
+        kernel.num_calls += len(event.dur_ns)
+        kernel.total_ns += sum(event.dur_ns)
+        self.variants.pop((process, event.step - 8), None)
+
+    def _row(self, process: int, event: TableRowChanged) -> None:
+        row = self.rows.setdefault((process, event.group, event.request), [])
+        row[event.first :] = event.blocks
+
+    def _mapped(self, process: int, event: SlotsMapped) -> None:
+        """Compare what the kernel received with what the manager planned for this step."""
+        check = self.made.worker
+        ratio = event.block_size // event.kernel_block_size
+        cursor = 0
+        planned = self.planned.get(event.step, {})
+        for request, query, length in zip(
+            event.requests, event.query_lens, event.seq_lens, strict=True
+        ):
+            slots = event.slots[cursor : cursor + query]
+            cursor += query
+            if request not in planned:
+                continue
+            table, _ = planned[request]
+            row = self.rows.get((process, event.group, request), [])
+            mine = table[event.group] if len(table) > event.group else []
+            check.num_rows += 1
+            check.num_slots += len(slots)
+            if check.first_difference:
+                continue
+            who = f"step {event.step}, request {self._life(request).name}"
+            blocks = -(-length // event.block_size)
+            theirs = [block // ratio for block in row[: blocks * ratio : ratio]]
+            if theirs != mine[: len(theirs)]:
+                check.first_difference = (
+                    f"{who}: the worker's table is {theirs}, the manager's {mine[: len(theirs)]}"
+                )
+            for place, slot in zip(range(length - query, length), slots, strict=True):
+                block, offset = divmod(place, event.block_size)
+                expected = mine[block] * event.block_size + offset if block < len(mine) else -1
+                if slot != expected:
+                    check.first_difference = (
+                        f"{who}: position {place} was written to slot {slot}, not {expected}"
+                    )
+                    break
+
+
+_TAKE = {
+    EngineConfigured: _Reading._engine,
+    BackendSelected: _Reading._backend,
+    RequestArrived: _Reading._arrived,
+    RequestFinished: _Reading._finished,
+    RequestPreempted: _Reading._preempted,
+    SlotsAllocated: _Reading._allocated,
+    SlotsRefused: _Reading._refused,
+    BlockEvicted: _Reading._evicted,
+    StepScheduled: _Reading._scheduled,
+    StepUpdated: _Reading._updated,
+    StepExecuted: _Reading._executed,
+    StepSampled: _Reading._sampled,
+    AttentionPlanned: _Reading._attention_planned,
+    AttentionCalled: _Reading._attention_called,
+    TableRowChanged: _Reading._row,
+    SlotsMapped: _Reading._mapped,
+}

@@ -83,6 +83,7 @@ def _parser() -> _Parser:
     run.add_argument(
         "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
     )
+    run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
     _recording(run)
 
     verb("scenarios", _scenarios, "List what there is to run", "scenarios")
@@ -107,6 +108,13 @@ def _parser() -> _Parser:
     show.add_argument("--all", action="store_true", help="every row of a table")
     show.add_argument("--follow", action="store_true", help="keep showing a running engine")
     show.add_argument("--seconds", type=float, default=0, help="with --follow: stop after this")
+
+    again = verb(
+        "replay", _replay, "Replay a trace through the from-scratch engine and compare",
+        "replay reports/preempt/latest",
+    )  # fmt: skip
+    again.add_argument("trace", type=Path, help="the folder of a run, or one .vtrace file")
+    again.add_argument("--mode", default="", help="manager or engine (default: both)")
 
     doctor = verb(
         "doctor", _doctor, "What is installed, and which hooks resolve", "doctor --source vllm-src"
@@ -185,7 +193,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"Trace and summary: {run.folder}")
     for failure in failures:
         print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    code = 1 if failures else 0
+    if arguments.replay:
+        print(file=sys.stderr if arguments.json else sys.stdout)
+        code = max(code, _replay_trace(run.trace) if not arguments.json else 0)
+    return code
 
 
 def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:
@@ -317,6 +329,29 @@ def _show(arguments: argparse.Namespace) -> int:
     for problem in trace.problems if arguments.view == "events" else ():
         print(f"vllm-trace: {problem}", file=sys.stderr)
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    return _replay_trace(arguments.trace, arguments.mode, as_json=arguments.json)
+
+
+def _replay_trace(path: Path, mode: str = "", *, as_json: bool = False) -> int:
+    from vllm_trace.errors import unknown
+    from vllm_trace.replay import MODES, replay
+    from vllm_trace.trace import read_trace
+
+    if mode and mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    results = [replay(read_trace(path), one) for one in ([mode] if mode else MODES)]
+    if as_json:
+        _json({"schema": 1, "replays": [result.to_dict() for result in results]})
+    else:
+        from vllm_trace.replay_view import verdict
+
+        _console().print(verdict(results))
+    if all(result.passed for result in results):
+        return 0
+    return 1 if any(result.divergence for result in results) else 2
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

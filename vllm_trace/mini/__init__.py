@@ -1,0 +1,11 @@
+"""An engine small enough to read in an evening, equal to vLLM block for block.
+
+Follows: vLLM's own names and releases; `rules` says where releases differ.
+Leaves out: what each file says that it leaves out.
+
+Read in this order: `block_pool` (blocks and the free queue), `request`, `kv_cache_manager` (who holds what),
+`scheduler` (who computes what), `block_table` (what the kernels see), `rules`; then `attention` and `engine`.
+`pages` is paged memory without vLLM, for a first look; `v0` is how the V0 engine did it, with swap and copy-on-write.
+
+Nothing is imported here: attention and engine need torch, the rest does not.
+"""

@@ -1,0 +1,508 @@
+"""Which blocks a request holds: prefix hits, new slots, blocks that left the window, the end.
+
+Follows: vLLM 0.32.0, v1/core/kv_cache_manager.py, kv_cache_coordinator.py, single_type_kv_cache_manager.py.
+Leaves out: groups of different block sizes, Mamba, chunked-local and cross attention, EAGLE, KV connectors, context
+parallelism.
+
+A block size of 4, a pool of 8, a prompt of 9 tokens, then the same prompt again:
+
+>>> from .request import Request
+>>> manager = KVCacheManager(8, [FullAttentionSpec(block_size=4)], max_model_len=32)
+>>> first = Request("first", num_prompt_tokens=9, block_hashes=["A", "B"])
+>>> manager.allocate_slots(first, 9) and manager.get_block_ids("first")
+([1, 2, 3],)
+>>> second = Request("second", num_prompt_tokens=9, block_hashes=["A", "B"])
+>>> hits, num_hit_tokens, _ = manager.get_computed_blocks(second)
+>>> manager.allocate_slots(second, 1, num_hit_tokens, hits) and manager.get_block_ids("second")
+([1, 2, 4],)
+>>> manager.free(first); manager.free(second)   # 3 and 4 hold no full block: reused first, the latest of them next
+>>> [block.block_id for block in manager.block_pool.free_block_queue]
+[4, 3, 5, 6, 7, 2, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from .block_pool import BlockPool, KVCacheBlock, Tell
+from .request import Request, RequestStatus
+from .rules import Rules, rules_for
+
+Blocks = tuple[Sequence[KVCacheBlock], ...]  # one sequence for each group
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class FullAttentionSpec:
+    """A group of layers that attend to every earlier token."""
+
+    block_size: int
+
+
+@dataclass(frozen=True)
+class SlidingWindowSpec:
+    """A group of layers that attend to the last `sliding_window` tokens, the current one included."""
+
+    block_size: int
+    sliding_window: int
+
+
+class FullAttentionManager:
+    """What a kind of attention needs to keep. Full attention needs all."""
+
+    max_admission_blocks: int | None = None
+
+    def __init__(self, spec: FullAttentionSpec, pool: BlockPool):
+        self.block_size = spec.block_size
+        self.block_pool = pool
+
+    def find_longest_cache_hit(
+        self, block_hashes: Sequence[Hashable], max_blocks: int, group_ids: Sequence[int]
+    ) -> list[list[KVCacheBlock]]:
+        """The longest run of cached blocks from the start, for each of the groups, which all must have it."""
+        if len(group_ids) == 1:
+            found_in = self.block_pool.cached_block_hash_to_block[group_ids[0]].get
+            hits = []
+            for block_hash in islice(block_hashes, max_blocks):
+                block = found_in(block_hash)
+                if block is None:
+                    break  # hashes are chained: every later one misses too
+                hits.append(block)
+            return [hits]
+        per_hash = []
+        for block_hash in islice(block_hashes, max_blocks):
+            found = self.block_pool.get_cached_block(block_hash, group_ids)
+            if found is None:
+                break
+            per_hash.append(found)
+        return [[found[i] for found in per_hash] for i in range(len(group_ids))]
+
+    def get_num_skipped_blocks(self, num_computed_tokens: int) -> int:
+        """Blocks at the head that no later token attends to."""
+        return 0
+
+    def reachable_block_mask(
+        self, request: Request, first: int, last: int, retention_interval: int | None
+    ) -> list[bool] | None:
+        """Which of the blocks `first` to `last` (exclusive) deserve a hash; None for all."""
+        return None
+
+
+class SlidingWindowManager(FullAttentionManager):
+    """Keeps the blocks of the window; a hit needs only the last few blocks of the prefix.
+
+    Block size 4, window 8: the token after 12 computed ones sees tokens 5 to 12, so block 0 is skipped.
+    """
+
+    def __init__(
+        self,
+        spec: SlidingWindowSpec,
+        pool: BlockPool,
+        max_in_flight_tokens: int,
+        max_model_len: int,
+    ):
+        super().__init__(spec, pool)
+        self.sliding_window = spec.sliding_window
+        # A hit needs this many blocks in a row before the resumed token.
+        self.num_blocks_for_hit = cdiv(self.sliding_window - 1, self.block_size)
+        # The window, what is computed ahead of it, and one block because a window may begin inside a block.
+        longest = min(self.sliding_window - 1 + max_in_flight_tokens, max_model_len)
+        self.max_admission_blocks = cdiv(longest, self.block_size) + 1
+
+    def find_longest_cache_hit(
+        self, block_hashes: Sequence[Hashable], max_blocks: int, group_ids: Sequence[int]
+    ) -> list[list[KVCacheBlock]]:
+        """From the right: the last place with enough cached blocks in a row. Null blocks stand for what is before."""
+        null_block = self.block_pool.null_block
+        run: list[list[KVCacheBlock]] = []  # the blocks of one run, last one first
+        for i in range(max_blocks - 1, -1, -1):
+            found = self.block_pool.get_cached_block(block_hashes[i], group_ids)
+            if found is None:
+                run = []
+                continue
+            run.append(found)
+            if len(run) >= self.num_blocks_for_hit:
+                return [
+                    [null_block] * i + [found[g] for found in reversed(run)]
+                    for g in range(len(group_ids))
+                ]
+        # A shorter run counts too when it reaches back to the first token.
+        return [[found[g] for found in reversed(run)] for g in range(len(group_ids))]
+
+    def get_num_skipped_blocks(self, num_computed_tokens: int) -> int:
+        return max(0, num_computed_tokens - self.sliding_window + 1) // self.block_size
+
+    def get_next_skip(self, num_skipped_blocks: int) -> int:
+        """At how many computed tokens one block more is skipped."""
+        return (num_skipped_blocks + 1) * self.block_size + self.sliding_window - 1
+
+    def reachable_block_mask(
+        self, request: Request, first: int, last: int, retention_interval: int | None
+    ) -> list[bool] | None:
+        """Blocks of the runs that a hit can end with: at each multiple of `retention_interval`, and at two boundaries.
+
+        A later request resumes at the last token of this prompt, or where it leaves a prefix that others share.
+        Units: `retention_interval` in tokens; None keeps all, 0 keeps the boundaries only.
+        """
+        need = self.num_blocks_for_hit
+        mask = [False] * (last - first)
+        if retention_interval != 0:
+            per_segment = 1 if retention_interval is None else retention_interval // self.block_size
+            if need >= per_segment:
+                return None
+            mask = [i % per_segment >= per_segment - need for i in range(first, last)]
+        if retention_interval is not None:
+            for boundary in (request.num_prompt_tokens - 1, request.shared_prefix_boundary):
+                end = boundary // self.block_size
+                for i in range(max(first, end - need), min(last, end)):
+                    mask[i - first] = True
+        return mask
+
+
+class RequestBlocks:
+    """What one request holds. All groups have the same block size, so their tables have the same length."""
+
+    __slots__ = ("tables", "num_cached_blocks", "quiet_until")
+
+    def __init__(self, num_groups: int):
+        self.tables: list[list[KVCacheBlock]] = [[] for _ in range(num_groups)]
+        self.num_cached_blocks = 0
+        # Up to this many tokens no block is needed, none becomes full, none leaves a window. Decoding lives here.
+        self.quiet_until = 0
+
+
+class KVCacheManager:
+    """One pool, one or several groups, and the blocks of every request that is running.
+
+    `rules` says which release to be equal to; `tell(kind, *fields)` hears what happened, inner events first.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        groups: Sequence[FullAttentionSpec | SlidingWindowSpec],
+        max_model_len: int,
+        *,
+        enable_caching: bool = True,
+        max_in_flight_tokens: int | None = None,
+        watermark: float = 0.0,
+        retention_interval: int | None = None,
+        rules: Rules | None = None,
+        tell: Tell | None = None,
+    ):
+        if len({group.block_size for group in groups}) != 1:
+            raise ValueError(
+                f"groups of different block sizes are not followed by mini: {list(groups)}"
+            )
+        self.rules = rules or rules_for("0.32.0")
+        self.tell = tell
+        self.groups = tuple(groups)
+        self.block_size = groups[0].block_size
+        self.max_model_len = max_model_len
+        self.enable_caching = enable_caching
+        self.watermark_blocks = int(watermark * num_blocks) if self.rules.watermark else 0
+        self.retention_interval = retention_interval if self.rules.sparse_window_cache else None
+        self.block_pool = BlockPool(num_blocks, enable_caching, len(groups), self.rules, tell)
+        in_flight = max_model_len if max_in_flight_tokens is None else max_in_flight_tokens
+        self.managers = tuple(
+            SlidingWindowManager(spec, self.block_pool, in_flight, max_model_len)
+            if isinstance(spec, SlidingWindowSpec)
+            else FullAttentionManager(spec, self.block_pool)
+            for spec in groups
+        )
+        # Only windows lose blocks while a request runs.
+        self._windows = [
+            (i, m) for i, m in enumerate(self.managers) if isinstance(m, SlidingWindowManager)
+        ]
+        # Groups of one kind are looked up together; full attention first, as it bounds the others.
+        kinds: dict[FullAttentionSpec | SlidingWindowSpec, list[int]] = {}
+        for group_id, spec in enumerate(groups):
+            kinds.setdefault(spec, []).append(group_id)
+        self._kinds = sorted(
+            kinds.values(), key=lambda ids: isinstance(groups[ids[0]], SlidingWindowSpec)
+        )
+        self.no_blocks: Blocks = tuple(() for _ in groups)
+        self.requests: dict[Hashable, RequestBlocks] = {}
+
+    def get_computed_blocks(self, request: Request) -> tuple[Blocks, int, int]:
+        """The longest cached prefix: its blocks for each group, its tokens, and where one group's longer hit ended.
+
+        At least one token is left to compute, because its logits are needed: a fully cached prompt loses a block.
+        """
+        blocks, num_hit_blocks, longest = self.no_blocks, 0, 0
+        if self.enable_caching and not request.skip_reading_prefix_cache:
+            max_blocks = (request.num_tokens - 1) // self.block_size
+            blocks, num_hit_blocks, longest = self._find_longest_cache_hit(
+                request.block_hashes, max_blocks
+            )
+            if not num_hit_blocks:
+                blocks = self.no_blocks
+        num_hit_tokens = num_hit_blocks * self.block_size
+        boundary = longest * self.block_size if longest > num_hit_blocks else 0
+        if self.tell is not None:
+            ids = [[block.block_id for block in table] for table in blocks]
+            self.tell(
+                "prefix.looked_up", request.request_id, request.num_tokens, num_hit_tokens, ids
+            )
+        return blocks, num_hit_tokens, boundary
+
+    def _find_longest_cache_hit(
+        self, block_hashes: Sequence[Hashable], max_blocks: int
+    ) -> tuple[Blocks, int, int]:
+        """The longest prefix on which every kind of group agrees: each accepts the length so far or shortens it.
+
+        Units: blocks. Returns also the longest hit that any kind had.
+        """
+        if len(self.groups) == 1:
+            (hits,) = self.managers[0].find_longest_cache_hit(block_hashes, max_blocks, [0])
+            return (hits,), len(hits), len(hits)
+        tables: list[list[KVCacheBlock]] = [[] for _ in self.groups]
+        full_hit: dict[int, int] = {}
+        agreed, longest = max_blocks, 0
+        # With full attention and one other kind a single pass is enough: the second cannot lengthen the first.
+        one_pass = len(self._kinds) == 2 and isinstance(
+            self.groups[self._kinds[0][0]], FullAttentionSpec
+        )
+        while True:
+            length = agreed
+            for kind, group_ids in enumerate(self._kinds):
+                if kind in full_hit:  # a prefix of a full-attention hit is a hit
+                    length = min(length, full_hit[kind])
+                    continue
+                hits = self.managers[group_ids[0]].find_longest_cache_hit(
+                    block_hashes, length, group_ids
+                )
+                length = len(hits[0])
+                for group_id, table in zip(group_ids, hits):
+                    tables[group_id] = table
+                if isinstance(self.groups[group_ids[0]], FullAttentionSpec):
+                    full_hit[kind] = length
+                longest = max(longest, length)
+            if length >= agreed:
+                break
+            agreed = length
+            if one_pass:
+                break
+        for kind in full_hit:
+            for group_id in self._kinds[kind]:
+                del tables[group_id][agreed:]
+        return tuple(tables), agreed, longest
+
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: Blocks | None = None,
+        num_lookahead_tokens: int = 0,
+        *,
+        full_sequence_must_fit: bool = False,
+        has_scheduled_reqs: bool = True,
+    ) -> Blocks | None:
+        """Slots for the next `num_new_tokens` of a request: the new blocks of each group, or None if they do not fit.
+
+        |- computed -|- hit -|- new -|- lookahead -|
+                             |- new blocks cover these, where the last block has no room -|
+                     |- hashed as far as blocks are full and tokens are known -|
+        """
+        if not num_new_tokens and not num_new_computed_tokens:
+            raise ValueError(f"request {request.request_id!r}: no new tokens and no hit")
+        held = self.requests.get(request.request_id)
+        if (
+            held is not None
+            and request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+            <= held.quiet_until
+        ):
+            if self.tell is not None:
+                self._tell_allocated(request, num_new_tokens, 0, self.no_blocks)
+            return self.no_blocks
+
+        hits = (
+            new_computed_blocks
+            if new_computed_blocks and any(new_computed_blocks)
+            else self.no_blocks
+        )
+        num_computed = min(
+            request.num_computed_tokens + num_new_computed_tokens, self.max_model_len
+        )
+        num_tokens = num_computed + num_new_tokens
+        num_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len)
+        num_usable = self.block_pool.free_block_queue.num_free_blocks
+        if (
+            self.watermark_blocks
+            and has_scheduled_reqs
+            and request.status is not RequestStatus.RUNNING
+        ):
+            num_usable -= self.watermark_blocks
+
+        if full_sequence_must_fit:
+            whole = min(request.num_tokens, self.max_model_len)
+            if not self._fits(held, whole, hits, num_computed, num_usable, capped=True):
+                return self._refuse(
+                    request, num_new_tokens, told=self.rules.whole_sequence_test_inside
+                )
+
+        num_processed = num_computed
+        if self._windows and held is not None:
+            # Before the test, and even if the request is then refused: what left the window may be what is missing.
+            if self.rules.windows_follow_processed:
+                num_processed = max(0, num_computed - request.num_in_flight_tokens)
+            num_usable += self._remove_skipped_blocks(held, num_processed)
+        if not self._fits(held, num_slots, hits, num_computed, num_usable):
+            return self._refuse(request, num_new_tokens)
+
+        if held is None:
+            held = self.requests[request.request_id] = RequestBlocks(len(self.groups))
+        if hits is not self.no_blocks:
+            self._add_hits(held, hits, num_computed)
+        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
+        new_blocks = self.no_blocks
+        if num_missing > 0:
+            new_blocks = tuple([self.block_pool.get_new_blocks(num_missing) for _ in self.groups])
+            for table, blocks in zip(held.tables, new_blocks):
+                table.extend(blocks)
+        self._cache_blocks(request, held, min(num_tokens, request.num_tokens))
+        self._find_quiet(held, num_processed)
+        if self.tell is not None:
+            self._tell_allocated(request, num_new_tokens, num_new_computed_tokens, new_blocks)
+        return new_blocks
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Hash the blocks that are full at `num_computed_tokens`; for tokens that became known after their step."""
+        held = self.requests.get(request.request_id)
+        if held is not None:
+            self._cache_blocks(request, held, num_computed_tokens)
+
+    def remove_skipped_blocks(self, request_id: Hashable, num_processed_tokens: int) -> None:
+        """Free what left a window, tail first; the null block takes its place, so positions stay where they are."""
+        held = self.requests.get(request_id)
+        if held is not None:
+            self._remove_skipped_blocks(held, num_processed_tokens)
+
+    def _remove_skipped_blocks(self, held: RequestBlocks, num_processed_tokens: int) -> int:
+        """Returns how many free blocks there are now in addition."""
+        null_block = self.block_pool.null_block
+        num_free_before = self.block_pool.get_num_free_blocks()
+        for group_id, manager in self._windows:
+            table = held.tables[group_id]
+            skipped: list[KVCacheBlock] = []
+            last = min(manager.get_num_skipped_blocks(num_processed_tokens), len(table))
+            for i in range(last - 1, -1, -1):
+                if table[i] is null_block:
+                    break  # what is before was skipped earlier
+                skipped.append(table[i])
+                table[i] = null_block
+            if skipped:
+                self.block_pool.free_blocks(skipped)
+        return self.block_pool.get_num_free_blocks() - num_free_before
+
+    def free(self, request: Request) -> None:
+        """Give back all blocks, tail first: the tail of a prefix is the part least likely to be hit."""
+        held = self.requests.pop(request.request_id, None)
+        tail_first = self.rules.free_tail_first or self.enable_caching
+        for table in held.tables if held is not None else self.no_blocks:
+            if not self.rules.null_head_freed:
+                table = self._without_null_head(table)
+            self.block_pool.free_blocks(reversed(table) if tail_first else table)
+        if self.tell is not None:
+            self.tell("request.freed", request.request_id)
+
+    def get_blocks(self, request_id: Hashable) -> Blocks:
+        """The whole table of a request, for each group."""
+        held = self.requests.get(request_id)
+        return self.no_blocks if held is None else tuple(held.tables)
+
+    def get_block_ids(self, request_id: Hashable) -> tuple[list[int], ...]:
+        return tuple([block.block_id for block in table] for table in self.get_blocks(request_id))
+
+    def reset_prefix_cache(self) -> bool:
+        return self.block_pool.reset_prefix_cache()
+
+    def _fits(
+        self,
+        held: RequestBlocks | None,
+        num_slots: int,
+        hits: Blocks,
+        num_computed: int,
+        num_usable: int,
+        capped: bool = False,
+    ) -> bool:
+        """Whether the request uses up at most `num_usable` free blocks: new ones, and hits that nobody holds now."""
+        num_held = 0 if held is None else len(held.tables[0])
+        num_required = -(-num_slots // self.block_size)
+        if (num_required - num_held) * len(self.groups) <= num_usable:
+            return True  # even if every hit were in the free queue; the exact count below is never higher
+        needed = 0
+        for manager, group_hits in zip(self.managers, hits):
+            num_blocks = num_required
+            if capped and manager.max_admission_blocks is not None:
+                num_blocks = min(num_blocks, manager.max_admission_blocks)
+            num_skipped = manager.get_num_skipped_blocks(num_computed)
+            needed += max(0, num_blocks - max(num_skipped, len(group_hits) + num_held))
+            for block in group_hits[max(0, num_skipped - num_held) :]:
+                if block.ref_cnt == 0 and not block.is_null:
+                    needed += 1
+        return needed <= num_usable
+
+    def _add_hits(self, held: RequestBlocks, hits: Blocks, num_computed: int) -> None:
+        """Take the hits of every group before any new block is taken, which could otherwise evict one of them."""
+        for manager, table, group_hits in zip(self.managers, held.tables, hits):
+            num_skipped = manager.get_num_skipped_blocks(num_computed)
+            in_window = group_hits[num_skipped:] if num_skipped else group_hits
+            self.block_pool.touch(in_window)
+            table.extend([self.block_pool.null_block] * num_skipped)
+            table.extend(in_window)
+        held.num_cached_blocks = len(held.tables[0])
+
+    def _cache_blocks(self, request: Request, held: RequestBlocks, num_tokens: int) -> None:
+        first, last = held.num_cached_blocks, num_tokens // self.block_size
+        if not self.enable_caching or first >= last:
+            return
+        for group_id, table in enumerate(held.tables):
+            mask = self.managers[group_id].reachable_block_mask(
+                request, first, last, self.retention_interval
+            )
+            hashes = request.block_hashes
+            self.block_pool.cache_full_blocks(
+                request.request_id, table, first, last, hashes, group_id, mask
+            )
+        held.num_cached_blocks = last
+
+    def _find_quiet(self, held: RequestBlocks, num_processed: int) -> None:
+        num_held_blocks = len(held.tables[0])
+        if self.enable_caching and held.num_cached_blocks < num_held_blocks:
+            quiet_until = (held.num_cached_blocks + 1) * self.block_size - 1
+        else:
+            quiet_until = num_held_blocks * self.block_size
+        for _, manager in self._windows:
+            quiet_until = min(
+                quiet_until, manager.get_next_skip(manager.get_num_skipped_blocks(num_processed))
+            )
+        held.quiet_until = quiet_until
+
+    def _without_null_head(self, table: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
+        return table[first:] if first else table
+
+    def _refuse(self, request: Request, num_new_tokens: int, told: bool = True) -> None:
+        if self.tell is not None and told:
+            self.tell(
+                "slots.refused",
+                request.request_id,
+                num_new_tokens,
+                self.block_pool.get_num_free_blocks(),
+            )
+
+    def _tell_allocated(
+        self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
+    ) -> None:
+        ids = [[block.block_id for block in blocks] for blocks in new_blocks]
+        num_free = self.block_pool.get_num_free_blocks()
+        self.tell(
+            "slots.allocated", request.request_id, num_new_tokens, num_hit_tokens, ids, num_free
+        )

@@ -57,7 +57,11 @@ def _flash(metadata: Any) -> tuple[str, str, dict[str, int]]:
     splits = int(getattr(metadata, "max_num_splits", 0) or 0)
     ahead = getattr(metadata, "scheduler_metadata", None) is not None
     variant = "kernel-heuristic" if splits == 0 else f"splits<={splits}"
-    return "flash_attn_varlen_func", variant, {"max_num_splits": splits, "planned_ahead": ahead}
+    return (
+        "flash_attn_varlen_func",
+        variant,
+        {"max_num_splits": splits, "planned_ahead": int(ahead)},
+    )
 
 
 def _triton(metadata: Any) -> tuple[str, str, dict[str, int]]:

@@ -7,7 +7,10 @@ What vLLM changes before then (a reference count, a hash, a queue's length) is r
 
 from __future__ import annotations
 
+import os
+from itertools import compress
 from operator import attrgetter
+from struct import Struct
 from typing import Any
 
 from vllm_trace.events import (
@@ -45,9 +48,9 @@ def short_hash(block_hash: Any) -> int:
     return int.from_bytes(block_hash[-8:], "big")
 
 
-def short_hash_with_group(block_hash: bytes) -> int:
-    """The same of a key of the prefix map, which ends in four bytes of group id."""
-    return int.from_bytes(block_hash[-12:-4], "big")
+# The same of a key of the prefix map, which ends in four bytes of group id:
+# ``hash_in_key(key, -12)`` is a tuple of one number.
+hash_in_key = Struct(">Q").unpack_from
 
 
 # A map over one of these runs in C; a comprehension costs a frame, once for each new block.
@@ -58,6 +61,9 @@ hash_of = attrgetter("block_hash")
 
 def ids_of(groups: Any) -> BlockIds:
     """Block ids per KV-cache group of vLLM's lists of blocks."""
+    if len(groups) == 1 and len(groups[0]) == 1:
+        # What a request that decodes gets when it gets a block; tuples are cheaper than lists.
+        return ((groups[0][0].block_id,),)
     return [[*map(id_of, blocks)] for blocks in groups]
 
 
@@ -75,7 +81,7 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
     limits, cache, parallel = config.scheduler_config, config.cache_config, config.parallel_config
     manager = scheduler.kv_cache_manager
     settings = {
-        "model": str(config.model_config.model),
+        "model": model_name(str(config.model_config.model)),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "max_model_len": scheduler.max_model_len,
         "max_num_seqs": scheduler.max_num_running_reqs,
@@ -90,6 +96,8 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
         "full_sequence_must_fit": bool(getattr(scheduler, "scheduler_reserve_full_isl", False)),
         "watermark_blocks": getattr(manager, "watermark_blocks", 0),
         "num_lookahead_tokens": scheduler.num_lookahead_tokens,
+        "max_in_flight_tokens": getattr(config, "max_in_flight_tokens", None),
+        "retention_interval": getattr(manager.coordinator, "retention_interval", None),
         "kv_cache_dtype": str(cache.cache_dtype),
         "kv_events": bool(manager.enable_kv_cache_events),
         "tensor_parallel_size": parallel.tensor_parallel_size,
@@ -118,6 +126,11 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
         groups=groups,
         settings=settings,
     )
+
+
+def model_name(model: str) -> str:
+    """A hub name as it is, of a local folder only its name: traces travel."""
+    return os.path.basename(model.rstrip("/")) if os.path.isabs(model) else model
 
 
 @probe(flush=True)
@@ -214,7 +227,8 @@ def prefix_looked_up(
 def allocate_slots(
     append,
     numbers,
-    count_kept,
+    recorder,
+    keep,
     result,
     self,
     request,
@@ -223,20 +237,22 @@ def allocate_slots(
     new_computed_blocks,
 ):
     if result is self.empty_kv_cache_blocks and new_computed_blocks is None:
-        count_kept()
+        keep(request)
     elif result is None:
         free = self.block_pool.free_block_queue.num_free_blocks
         number = numbers[request.request_id]
-        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free))
+        kept = len(recorder.kept)
+        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free, kept))
     else:
         append(
             SlotsAllocated(
                 numbers[request.request_id],
                 num_new_tokens,
                 num_new_computed_tokens,
-                [[*map(id_of, blocks)] for blocks in result.blocks],
+                ids_of(result.blocks),
                 ids_of(new_computed_blocks.blocks) if num_new_computed_tokens else (),
                 self.block_pool.free_block_queue.num_free_blocks,
+                len(recorder.kept),
             )
         )
 
@@ -269,14 +285,17 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 
 
 @probe()
-def get_new_blocks(append, result):
-    append(BlocksTaken([*map(id_of, result)]))
+def get_new_blocks(append, num_blocks, result):
+    if num_blocks == 1:
+        append(BlocksTaken((result[0].block_id,)))
+    else:
+        append(BlocksTaken([*map(id_of, result)]))
 
 
 @probe()
 def remove_cached_block_hashes(append, result, block):
     if result:
-        append(BlockEvicted(block.block_id, [short_hash_with_group(key) for key in result]))
+        append(BlockEvicted(block.block_id, [hash_in_key(key, -12)[0] for key in result]))
 
 
 @probe()
@@ -289,15 +308,28 @@ def touch(append, blocks):
 def cache_full_blocks(
     append, numbers, request, blocks, num_cached_blocks, num_full_blocks, kv_cache_group_id
 ):
+    if num_full_blocks - num_cached_blocks == 1:
+        # A request that decodes fills one block at a time: no list is made for it.
+        block = blocks[num_cached_blocks]
+        if block.block_hash:
+            append(
+                BlocksCached(
+                    numbers[request.request_id],
+                    kv_cache_group_id,
+                    num_cached_blocks,
+                    (block.block_id,),
+                    hash_in_key(block.block_hash, -12),
+                )
+            )
     # Null blocks and those that a sliding window will never hit again get no hash.
-    if full := [*filter(hash_of, blocks[num_cached_blocks:num_full_blocks])]:
+    elif full := [*filter(hash_of, blocks[num_cached_blocks:num_full_blocks])]:
         append(
             BlocksCached(
                 numbers[request.request_id],
                 kv_cache_group_id,
                 num_cached_blocks,
                 [*map(id_of, full)],
-                [int.from_bytes(block.block_hash[-12:-4], "big") for block in full],
+                [hash_in_key(block.block_hash, -12)[0] for block in full],
             )
         )
 
@@ -315,22 +347,25 @@ def reset_prefix_cache(append, result):
 
 # The step -------------------------------------------------------------------------------
 
+# Given rather than left out where it is empty: msgspec makes a new dict or list for each default that
+# is one. The Nones below stand for "as in the last step".
+NO_SPEC_TOKENS: dict[int, int] = {}
+
 
 @probe()
 def schedule(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
-    running, waiting, kept = len(self.running), len(self.waiting), recorder.take_kept()
-    ids, counts = [*result.num_scheduled_tokens], [*result.num_scheduled_tokens.values()]
+    running, waiting, kept = len(self.running), len(self.waiting), len(recorder.kept)
+    # Requests that were not new, resumed, preempted or finished keep their order in the queue of
+    # running ones, so two such steps that are equal as dicts have the same order.
     if (
-        ids == recorder.last_ids
-        and counts == recorder.last_counts
+        result.num_scheduled_tokens == recorder.last_scheduled
         and not result.finished_req_ids
         and not result.preempted_req_ids
+        and not result.scheduled_new_reqs
+        and not result.scheduled_cached_reqs.resumed_req_ids
     ):
-        append(StepScheduled(step, started, ended - started, running, waiting, free, kept))
-    else:
-        recorder.last_ids, recorder.last_counts = ids, counts
         append(
             StepScheduled(
                 step,
@@ -340,30 +375,51 @@ def schedule(append, recorder, next_step, result, started, ended, self):
                 waiting,
                 free,
                 kept,
-                recorder.numbers_of(ids),
-                counts,
-                *changes_of_step(recorder, result),
+                None,
+                None,
+                (),
+                (),
+                (),
+                (),
+                (),
+                NO_SPEC_TOKENS,
             )
         )
+    else:
+        recorder.last_scheduled = {**result.num_scheduled_tokens}
+        append(
+            StepScheduled(
+                step,
+                started,
+                ended - started,
+                running,
+                waiting,
+                free,
+                kept,
+                *composition_of_step(recorder, result),
+                (),
+                NO_SPEC_TOKENS,
+                kept_in_step(recorder, result),
+            )
+        )
+    recorder.kept.clear()
 
 
 @probe()
-def schedule_light(append, recorder, next_step, result, started, ended, self):
+def schedule_light(append, numbers, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting = len(self.running), len(self.waiting)
-    ids, counts = [*result.num_scheduled_tokens], [*result.num_scheduled_tokens.values()]
-    grown = result.scheduled_cached_reqs.new_block_ids
     if (
-        ids == recorder.last_ids
-        and counts == recorder.last_counts
-        and grown.count(None) == len(grown)
+        result.num_scheduled_tokens == recorder.last_scheduled
         and not result.finished_req_ids
         and not result.preempted_req_ids
+        and not result.scheduled_new_reqs
+        and not result.scheduled_cached_reqs.resumed_req_ids
     ):
-        append(StepScheduled(step, started, ended - started, running, waiting, free, 0))
-    else:
-        recorder.last_ids, recorder.last_counts = ids, counts
+        cached = result.scheduled_cached_reqs
+        blocks = cached.new_block_ids
+        grown = map(numbers.__getitem__, compress(cached.req_ids, blocks))
         append(
             StepScheduled(
                 step,
@@ -373,23 +429,54 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
                 waiting,
                 free,
                 0,
-                recorder.numbers_of(ids),
-                counts,
-                *changes_of_step(recorder, result),
+                None,
+                None,
+                (),
+                (),
+                (),
+                (),
+                [*zip(grown, filter(None, blocks))],
+                NO_SPEC_TOKENS,
+            )
+        )
+    else:
+        recorder.last_scheduled = {**result.num_scheduled_tokens}
+        append(
+            StepScheduled(
+                step,
+                started,
+                ended - started,
+                running,
+                waiting,
+                free,
+                0,
+                *composition_of_step(recorder, result),
                 blocks_of_step(recorder, result),
             )
         )
 
 
-def changes_of_step(rec: Recorder, out: Any) -> tuple[Any, ...]:
-    """(new, resumed, preempted, finished) of a ``SchedulerOutput``, as numbers."""
+def composition_of_step(rec: Recorder, out: Any) -> tuple[Any, ...]:
+    """Requests, token counts, new, resumed, preempted, finished: of a ``SchedulerOutput``."""
     cached = out.scheduled_cached_reqs
     return (
+        rec.numbers_of(out.num_scheduled_tokens),
+        [*out.num_scheduled_tokens.values()],
         rec.numbers_of(data.req_id for data in out.scheduled_new_reqs),
         rec.numbers_of(r for r in cached.req_ids if r in cached.resumed_req_ids),
         sorted(rec.numbers_of(out.preempted_req_ids or ())),
         sorted(rec.numbers_of(out.finished_req_ids)),
     )
+
+
+def kept_in_step(rec: Recorder, out: Any) -> Any:
+    """Whose calls needed no block, in a step where the composition does not tell.
+
+    One that was scheduled and then had to give way is not part of the step any more.
+    """
+    if not out.preempted_req_ids:
+        return ()
+    return rec.numbers_of(request.request_id for request in rec.kept)
 
 
 def blocks_of_step(rec: Recorder, out: Any) -> Any:
@@ -403,9 +490,7 @@ def blocks_of_step(rec: Recorder, out: Any) -> Any:
 
 
 @probe(flush=True)
-def update_from_output(
-    append, recorder, started, ended, scheduler_output, model_runner_output
-):
+def update_from_output(append, recorder, started, ended, scheduler_output, model_runner_output):
     append(
         StepUpdated(
             getattr(scheduler_output, "vtrace_step", 0),

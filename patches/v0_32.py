@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
 from vllm_trace.patches import scheduler_probes as s
 from vllm_trace.patches import worker_probes as w
@@ -10,6 +11,7 @@ _MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
 _BACKENDS = "vllm.v1.attention.backends"
 
@@ -72,7 +74,7 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_MANAGER}.allocate_slots",
         s.allocate_slots,
-        emits="slots.allocated slots.kept slots.refused",
+        emits="slots.allocated slots.refused",
         required=True,
         without="replay cannot place blocks",
     ),
@@ -213,4 +215,79 @@ WORKER_HOOKS = (
     ),
 )
 
-TABLE = HookTable(vllm=">=0.32,<0.33", hooks=SCHEDULER_HOOKS + WORKER_HOOKS)
+# The runner that CUDA builds use unless told otherwise. Its tables and slots are made by kernels and
+# stay on the device; these rows record what the host knows and never wait for a stream.
+WORKER_V2_HOOKS = (
+    Hook(
+        f"{_RUNNER_V2}.execute_model",
+        w.execute_model_v2,
+        light=w.execute_model_v2,
+        emits="step.executed",
+        platform="cuda",
+        without="it is unknown when a step ran on the V2 runner",
+    ),
+    Hook(
+        f"{_RUNNER_V2}.prepare_attn",
+        w.prepare_attn_v2,
+        light=w.prepare_attn_v2,
+        emits="step.executed",
+        platform="cuda",
+        without="the size and padding of a V2 batch are unknown"
+        " (its block tables and slots are on the device and not recorded either way)",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+        w.metadata_built_v2,
+        light=w.metadata_built_v2_light,
+        emits="step.executed attention.planned",
+        platform="cuda",
+        without="whether a V2 step ran as a CUDA graph, and with which kernel variant, is unknown",
+    ),
+    Hook(
+        f"{_RUNNER_V2}.sample_tokens",
+        w.sample_tokens_v2,
+        light=w.sample_tokens_v2,
+        emits="step.sampled",
+        platform="cuda",
+        without="sampling on the V2 runner has no time, and its worker writes one step late",
+    ),
+)
+
+HOOKS = SCHEDULER_HOOKS + WORKER_HOOKS + WORKER_V2_HOOKS
+
+# Printed by `python -m vllm_trace.hooks.fingerprints`; the CPU and the CUDA build have the same.
+FINGERPRINTS = {
+    "vllm.v1.core.sched.scheduler:Scheduler.__init__": "5cbe7fe1e6a29ab3",
+    "vllm.v1.core.sched.scheduler:Scheduler.schedule": "81a3aa7c0bffa509",
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "3a54ee90e15ab4e2",
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": "2fd9eefbdf572e52",
+    "vllm.v1.core.sched.scheduler:Scheduler._free_request": "58291fd6ee1376f8",
+    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": "4c2de2294d84c5b2",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": "a418ea4c8675f07b",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": "a6ece9177eb6b4ad",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.free": "f61008ec7c624539",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.take_events": "b2ac80ff8c60aaa5",
+    "vllm.v1.core.block_pool:BlockPool.get_new_blocks": "6196b4bacfd1905a",
+    "vllm.v1.core.block_pool:BlockPool._remove_cached_block_hashes": "7e21052d7dfc42a2",
+    "vllm.v1.core.block_pool:BlockPool.touch": "0935a22ce5f4f8d6",
+    "vllm.v1.core.block_pool:BlockPool.cache_full_blocks": "11f966534fe0027e",
+    "vllm.v1.core.block_pool:BlockPool.free_blocks": "35fb2a59f1a78ffa",
+    "vllm.v1.core.block_pool:BlockPool.reset_prefix_cache": "1723c83f3cf0992b",
+    "vllm.v1.engine.core:EngineCore.shutdown": "02dc398505e70746",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": "a3072a0a211f30fc",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": "9eae43c70f2b37d2",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "d3919f21e816506f",
+    "vllm.model_executor.layers.attention.attention:Attention.__init__": "1f4f6e00c95fd02e",
+    "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": "607ee8282ca9e20b",
+    "vllm.platforms.cuda:CudaPlatformBase.get_valid_backends": "477d7da9a12497ac",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward": "7480b60c45b10c0c",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward": "5a9e5a89b6782e1e",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward": "a5e6f5eca92ceba8",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward": "60bcd01362217b46",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": "f6473533bcb5d1e7",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": "42fab18e5f8f232c",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": "60b5e976e7bbe754",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": "d8c8854d001ac868",
+}
+
+TABLE = HookTable(vllm=">=0.32,<0.33", hooks=reviewed(HOOKS, FINGERPRINTS))

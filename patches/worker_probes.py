@@ -39,6 +39,7 @@ def step_executed(
     rec.rank = runner.vllm_config.parallel_config.rank
     step = getattr(out, "vtrace_step", 0)
     rec.state["executed_step"] = step
+    rec.state["gone"] = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
     if forward is None or forward["started"] < started:
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
     if forward["batch"] is not None:
@@ -86,6 +87,102 @@ def sample_tokens(defer, started, ended):
 
 def step_sampled(rec: Recorder, started: int, ended: int) -> StepSampled:
     return StepSampled(rec.state.get("executed_step", 0), started, ended - started, rec.rank)
+
+
+# The V2 runner --------------------------------------------------------------------------
+
+# It runs on CUDA only, and gathers tables and slots on the device. Reading them here would wait
+# for the stream, so these probes keep to what the host has: names, counts, mode and plan.
+
+
+@probe()
+def execute_model_v2(defer, started, ended, self, scheduler_output, dummy_run):
+    defer(step_executed_v2, self, scheduler_output, started, ended, dummy_run)
+
+
+def step_executed_v2(
+    rec: Recorder, runner: Any, out: Any, started: int, ended: int, dummy_run: bool
+) -> StepExecuted | None:
+    forward = rec.state.pop("forward_v2", {})
+    calls = rec.state.pop("calls", ())
+    step = getattr(out, "vtrace_step", 0)
+    # Profiling, graph capture and warm-up go through this method too, without a scheduler.
+    if dummy_run or not step:
+        return None
+    rec.rank = runner.vllm_config.parallel_config.rank
+    rec.state["executed_step"] = step
+    began = forward.get("started", 0)
+    if began < started:
+        return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
+    for group, given in forward.get("metadata", ()):
+        rec.emit(AttentionPlanned(step, group, *plan_of(given)))
+    _emit_calls(rec, step, [call for call in calls if call[2] >= started])
+    return StepExecuted(
+        step,
+        started,
+        ended - started,
+        began,
+        ended - began,
+        rec.rank,
+        out.total_num_scheduled_tokens,
+        forward.get("num_tokens_padded", 0),
+        forward.get("mode", ""),
+    )
+
+
+@probe()
+def prepare_attn_v2(defer, ended, input_batch):
+    defer(batch_prepared_v2, ended, input_batch.num_tokens_after_padding)
+
+
+def batch_prepared_v2(rec: Recorder, ended: int, num_tokens_padded: int) -> None:
+    rec.state["forward_v2"] = {"started": ended, "num_tokens_padded": num_tokens_padded}
+
+
+@probe()
+def metadata_built_v2(defer, ended, result, input_batch, cudagraph_mode, kv_cache_config):
+    padded = input_batch.num_tokens_after_padding
+    defer(metadata_known_v2, ended, padded, cudagraph_mode, result, kv_cache_config)
+
+
+@probe()
+def metadata_built_v2_light(defer, ended, input_batch, cudagraph_mode):
+    padded = input_batch.num_tokens_after_padding
+    defer(metadata_known_v2, ended, padded, cudagraph_mode, None, None)
+
+
+def metadata_known_v2(
+    rec: Recorder, ended: int, num_tokens_padded: int, mode: Any, by_layer: Any, config: Any
+) -> None:
+    """The forward starts next: it is launched between now and the return of ``execute_model``."""
+    name = mode.name.lower()
+    rec.state["forward_v2"] = {
+        "started": ended,
+        "num_tokens_padded": num_tokens_padded,
+        "mode": "eager" if name == "none" else name,
+        "metadata": _distinct_metadata(by_layer or {}, config),
+    }
+
+
+@probe(flush=True)
+def sample_tokens_v2(defer, started, ended):
+    defer(step_sampled_v2, started, ended)
+
+
+def step_sampled_v2(rec: Recorder, started: int, ended: int) -> StepSampled | None:
+    step = rec.state.pop("executed_step", 0)
+    return StepSampled(step, started, ended - started, rec.rank) if step else None
+
+
+def _distinct_metadata(by_layer: dict[str, Any], config: Any) -> list[tuple[int, Any]]:
+    """(group, metadata) of each metadata object; layers of one group share one."""
+    found: dict[int, tuple[int, Any]] = {}
+    for layer, given in by_layer.items():
+        if id(given) not in found:
+            groups = enumerate(config.kv_cache_groups)
+            group = next((i for i, each in groups if layer in each.layer_names), 0)
+            found[id(given)] = (group, given)
+    return list(found.values())
 
 
 # The batch ------------------------------------------------------------------------------
@@ -221,9 +318,7 @@ def _emit_calls(rec: Recorder, step: int, calls: list[tuple[str, Any, int, int]]
         by_impl.setdefault(call[0], []).append(call)
     for impl, some in by_impl.items():
         layers = [layer_index(getattr(call[1], "layer_name", "")) for call in some]
-        rec.emit(
-            AttentionCalled(step, impl, layers, [c[2] for c in some], [c[3] for c in some])
-        )
+        rec.emit(AttentionCalled(step, impl, layers, [c[2] for c in some], [c[3] for c in some]))
 
 
 def layer_index(name: str) -> int:

@@ -15,31 +15,42 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from vllm_trace import __version__
-from vllm_trace.errors import EngineError, TraceError, UsageError, VllmTraceError
+from vllm_trace.errors import EngineError, TraceError, UsageError, VllmTraceError, unknown
 from vllm_trace.options import LEVELS, Options
 
-README = "https://github.com/vllm-trace/vllm-trace#"
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=80)
 
 
 class _Parser(argparse.ArgumentParser):
     """Names the nearest right word, and exits with 2."""
 
+    def __init__(self, **options: Any) -> None:
+        # --tok for --tokens would be one more thing that a script comes to depend on.
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
     def error(self, message: str) -> Any:
-        hint = f"Try: {self.prog} --help"
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and "invalid choice" in message:
-                word = message.split("'")[1]
-                near = get_close_matches(word, list(action.choices), n=1, cutoff=0.4)
-                message = f"there is no verb {word!r}" + (
-                    f"; did you mean {near[0]!r}?" if near else ""
-                )
-                hint = f"Verbs: {', '.join(action.choices)}"
-        raise UsageError(message, hint=hint)
+                raise unknown("verb", message.split("'")[1], action.choices)
+        raise UsageError(message, hint=f"Try: {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ever, but each verb speaks for its own flags."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        for word in rest:
+            if not word.startswith("-"):
+                raise UsageError(f"{word!r} is one word too many", hint=f"Try: {self.prog} --help")
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            said = ", ".join(flag for flag in flags if flag.startswith("--"))
+            raise unknown("flag", word.partition("=")[0], flags, f"{self.prog} has {said}")
+        return parsed, rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(chosen.function(chosen) or 0)
     except VllmTraceError as error:
         print(f"vllm-trace: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
+        for line in error.hint.splitlines():
+            print(f"  {line}", file=sys.stderr)
+        print(f"  (README.md#{error.slug})", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -67,7 +79,9 @@ def _parser() -> _Parser:
         epilog="Begin with: vllm-trace run hello",
     )
     parser.add_argument("--version", action="version", version=f"vllm-trace {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    verbs = parser.add_subparsers(
+        title="verbs", metavar="VERB", required=True, parser_class=_Parser
+    )
 
     def verb(name: str, function: Any, text: str, example: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(
@@ -95,19 +109,17 @@ def _parser() -> _Parser:
     _recording(record)
     record.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
 
-    show = verb(
-        "show", _show, "Show a trace in the terminal", "show reports/preempt/latest blocks"
-    )
+    show = verb("show", _show, "Show a trace in the terminal", "show reports/preempt/latest blocks")
     from vllm_trace.show import VIEWS
 
     show.add_argument("trace", type=Path, help="the folder of a run, or one .vtrace file")
     show.add_argument("view", nargs="?", default="summary", help=", ".join(VIEWS))
     show.add_argument("--request", default="", help="only what concerns this request")
     show.add_argument("--step", default="", help="only step N, or N-M")
-    show.add_argument("--kind", default="", help="events: only these kinds (blocks,request.fin…)")
+    show.add_argument("--kind", default="", help="events: only these (slots,block.evicted …)")
     show.add_argument("--all", action="store_true", help="every row of a table")
     show.add_argument("--follow", action="store_true", help="keep showing a running engine")
-    show.add_argument("--seconds", type=float, default=0, help="with --follow: stop after this")
+    show.add_argument("--seconds", type=float, default=0, help="--follow: stop after so many")
 
     again = verb(
         "replay", _replay, "Replay a trace through the from-scratch engine and compare",
@@ -116,10 +128,37 @@ def _parser() -> _Parser:
     again.add_argument("trace", type=Path, help="the folder of a run, or one .vtrace file")
     again.add_argument("--mode", default="", help="manager or engine (default: both)")
 
+    story = verb(
+        "explain", _explain, "Tell the life of one request in words, with event numbers",
+        "explain reports/preempt/latest r-2",
+    )  # fmt: skip
+    story.add_argument("trace", type=Path, help="the folder of a run, or one .vtrace file")
+    story.add_argument("request", help="its name, a part that only one has, or #NUMBER")
+
+    two = verb(
+        "diff", _diff, "Compare two traces: first divergence, then classes of difference",
+        "diff reports/preempt/first reports/preempt/latest",
+    )  # fmt: skip
+    two.add_argument("a", type=Path, metavar="A", help="the folder of a run, or one .vtrace file")
+    two.add_argument("b", type=Path, metavar="B", help="the same of another run")
+
+    check = verb(
+        "check", _check, "Judge traces by all invariants: the first event that breaks each",
+        "check reports/preempt/latest",
+    )  # fmt: skip
+    check.add_argument("traces", type=Path, nargs="*", metavar="TRACE", help="folders of runs, or files")
+    check.add_argument("--only", default="", metavar="ID,ID", help="only these invariants")
+    check.add_argument("--list", action="store_true", help="list the invariants, judge nothing")
+    check.add_argument(
+        "--load", type=Path, action="append", default=[], metavar="FILE", help="your own invariants"
+    )
+
     doctor = verb(
         "doctor", _doctor, "What is installed, and which hooks resolve", "doctor --source vllm-src"
     )
-    doctor.add_argument("--source", type=Path, help="an unpacked vLLM to look at, not the installed")
+    doctor.add_argument(
+        "--source", type=Path, help="an unpacked vLLM to look at, not the installed"
+    )
     return parser
 
 
@@ -139,11 +178,20 @@ def _options(arguments: argparse.Namespace) -> Options:
     return options.checked()
 
 
-def _console(*, stderr: bool = False) -> Any:
+def _console() -> Any:
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 80
-    return Console(stderr=stderr, width=width, highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 80)
+
+
+def _print(what: Any) -> None:
+    """On a terminal in colour and as wide as it is, else as plain text of 80 columns."""
+    from vllm_trace import render
+
+    if sys.stdout.isatty():
+        _console().print(what)
+    else:
+        sys.stdout.write(render.plain(what))
 
 
 def _json(document: Any) -> None:
@@ -164,8 +212,13 @@ def _run(arguments: argparse.Namespace) -> int:
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()))
     os.environ |= options.to_environment()
-    outcome = _drive(chosen, run.folder, arguments.model, engine_args)
-    close_files(run.trace, "stopped")
+    try:
+        outcome = _drive(chosen, run.folder, arguments.model, engine_args)
+    except BaseException as error:
+        run.discard(keep_log=isinstance(error, EngineError))
+        raise
+    finally:
+        close_files(run.trace, "stopped")
     from vllm_trace.summary import Summary
     from vllm_trace.trace import read_trace
 
@@ -185,19 +238,22 @@ def _run(arguments: argparse.Namespace) -> int:
         "failures": failures,
         "facts": summary.facts(),
     }
+    replays = _replays(run.trace) if arguments.replay else []
+    if replays:
+        document["replays"] = [one.to_dict() for one in replays]
     text = reports.save(run, document, summary, chosen, outcome)
     if arguments.json:
         _json(document)
     else:
-        _console().print(text)
+        _print(text)
+        if replays:
+            from vllm_trace.replay_view import verdict
+
+            _print(verdict(replays))
         print(f"Trace and summary: {run.folder}")
     for failure in failures:
         print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
-    code = 1 if failures else 0
-    if arguments.replay:
-        print(file=sys.stderr if arguments.json else sys.stdout)
-        code = max(code, _replay_trace(run.trace) if not arguments.json else 0)
-    return code
+    return max(1 if failures else 0, _code_of(replays))
 
 
 def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:
@@ -208,7 +264,7 @@ def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -
     progress = _Progress(f"starting vLLM for {chosen.name!r}")
     began = time.monotonic_ns()
     try:
-        with runner.stderr_to(log) as last_words, progress:
+        with runner.output_to(log) as last_words, progress:
             try:
                 llm, notes = runner.start_engine(chosen, model=model, engine_args=engine_args)
             except EngineError as error:
@@ -217,8 +273,8 @@ def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -
             progress.say(f"running {chosen.name!r}")
             outcome = runner.run_workload(llm, chosen)
             runner.stop_engine(llm)
-            hooks.detach()
     finally:
+        hooks.detach()
         for line in runner.warnings_of(log):
             print(line, file=sys.stderr)
     outcome.notes = notes
@@ -233,13 +289,16 @@ class _Progress:
         self.text = text
         self._status: Any = None
         self._stack = contextlib.ExitStack()
+        # Taken now: inside, stderr belongs to the engine's log.
+        self._terminal = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
 
     def __enter__(self) -> _Progress:
-        if sys.stdout.isatty():
+        if self._terminal is not None:
             from rich.console import Console
 
-            # stderr belongs to the engine's log now; the terminal is still stdout's.
-            self._status = self._stack.enter_context(Console().status(self.text))
+            self._stack.enter_context(self._terminal)
+            console = Console(file=self._terminal, force_terminal=True)
+            self._status = self._stack.enter_context(console.status(self.text))
         return self
 
     def say(self, text: str) -> None:
@@ -275,7 +334,11 @@ def _record(arguments: argparse.Namespace) -> int:
         raise UsageError("record needs a command", hint="vllm-trace record -- python script.py")
     options = _options(arguments)
     run = reports.new_run("record", arguments.output)
-    code = record(command, run.trace, options)
+    try:
+        code = record(command, run.trace, options)
+    except UsageError:
+        run.discard()
+        raise
     said = reports.describe_recording(run)
     print(f"vllm-trace: {said}", file=sys.stderr)
     if arguments.json:
@@ -304,13 +367,12 @@ def _scenarios(arguments: argparse.Namespace) -> int:
     table = render.table("scenario", "what it shows", "plan", "takes", left=(0, 1))
     for one in loaded:
         table.add_row(one.name, one.title, f"step {one.plan}", f"{one.seconds} s")
-    _console().print(table)
+    _print(table)
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
     from vllm_trace import show
-    from vllm_trace.errors import unknown
     from vllm_trace.trace import read_trace
 
     if arguments.view not in show.VIEWS:
@@ -325,33 +387,87 @@ def _show(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         _json(show.data(trace, arguments.view, wanted))
     else:
-        _console().print(show.view(trace, arguments.view, wanted, 1 << 30 if arguments.all else 24))
-    for problem in trace.problems if arguments.view == "events" else ():
+        _print(show.view(trace, arguments.view, wanted, 1 << 30 if arguments.all else 24))
+    # The whole summary has them in its own text.
+    for problem in trace.problems if (arguments.view, wanted) != ("summary", show.Filter()) else ():
         print(f"vllm-trace: {problem}", file=sys.stderr)
     return 0
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    return _replay_trace(arguments.trace, arguments.mode, as_json=arguments.json)
+    results = _replays(arguments.trace, arguments.mode)
+    if arguments.json:
+        _json({"schema": 1, "replays": [result.to_dict() for result in results]})
+    else:
+        from vllm_trace.replay_view import verdict
+
+        _print(verdict(results))
+    return _code_of(results)
 
 
-def _replay_trace(path: Path, mode: str = "", *, as_json: bool = False) -> int:
-    from vllm_trace.errors import unknown
+def _replays(path: Path, mode: str = "") -> list[Any]:
     from vllm_trace.replay import MODES, replay
     from vllm_trace.trace import read_trace
 
     if mode and mode not in MODES:
         raise unknown("mode", mode, MODES)
-    results = [replay(read_trace(path), one) for one in ([mode] if mode else MODES)]
-    if as_json:
-        _json({"schema": 1, "replays": [result.to_dict() for result in results]})
-    else:
-        from vllm_trace.replay_view import verdict
+    return [replay(read_trace(path), one) for one in ([mode] if mode else MODES)]
 
-        _console().print(verdict(results))
-    if all(result.passed for result in results):
+
+def _code_of(replays: Sequence[Any]) -> int:
+    """0 identical, 1 a divergence, 2 something could not be judged."""
+    if all(result.passed for result in replays):
         return 0
-    return 1 if any(result.divergence for result in results) else 2
+    return 1 if any(result.divergence for result in replays) else 2
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from vllm_trace.explain import explain, render
+    from vllm_trace.trace import read_trace
+
+    story = explain(read_trace(arguments.trace), arguments.request)
+    if arguments.json:
+        _json(story.to_dict())
+    else:
+        print(render(story))
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from vllm_trace.diff import diff
+    from vllm_trace.diff_words import render
+    from vllm_trace.trace import read_trace
+
+    found = diff(read_trace(arguments.a), read_trace(arguments.b))
+    if arguments.json:
+        _json(found.to_dict())
+    else:
+        print(render(found))
+    return 1 if found.incomplete or not found.is_same else 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from vllm_trace.invariants import checking, registry
+
+    for path in arguments.load:
+        registry.load(path)
+    only = [one.strip() for one in arguments.only.split(",") if one.strip()]
+    chosen = registry.choose(only)
+    if arguments.list:
+        listed = [one.to_dict() for one in chosen]
+        if arguments.json:
+            _json({"schema": 1, "invariants": listed})
+        else:
+            print(checking.catalogue(chosen))
+        return 0
+    if not arguments.traces:
+        raise UsageError("check needs a trace", hint="vllm-trace check reports/preempt/latest")
+    reports = checking.check_all(arguments.traces, only)
+    if arguments.json:
+        _json({"schema": 1, "traces": [report.to_dict() for report in reports]})
+    else:
+        print("\n\n".join(report.text() for report in reports))
+    return checking.exit_code(reports)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -362,18 +478,5 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _json(found.to_dict())
         return 0 if found.healthy else 1
-    console = _console()
-    console.print(f"vllm_trace {__version__}, Python {sys.version.split()[0]}")
-    console.print(f"vLLM {found.vllm or '–'}" + (f" in {found.where}" if found.where else ""))
-    console.print(f"hook tables for vLLM {', '.join(found.tables)}")
-    console.print(f"plugin {found.plugin}")
-    for name, version in found.packages.items():
-        console.print(f"{name} {version}")
-    if found.problem:
-        console.print(f"\n{found.problem}")
-        if found.hint:
-            console.print(f"  {found.hint}")
-    if found.rows:
-        console.print()
-        console.print(render.hooks(found.rows))
+    _print(render.diagnosis(found))
     return 0 if found.healthy else 1

@@ -122,7 +122,7 @@ def script(manager: KVCacheManager, difference: Any) -> str:
     queue = [block.block_id for block in pool.free_block_queue]
     hashes = {b.block_id: b.block_hash for b in pool.blocks if b.block_hash is not None}
     counts = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt > 0}
-    return f'''\
+    return f"""\
 from vllm_trace.mini.block_pool import BlockPool
 from vllm_trace.mini.rules import rules_for
 
@@ -140,7 +140,7 @@ queue.append_n([pool.blocks[block_id] for block_id in {queue!r}])
 print("recorded:", {_plain(difference.recorded)!r})
 print("mini:    ", {_plain(difference.mini)!r})
 print("next out:", [block.block_id for block in queue][:8])
-'''
+"""
 
 
 def _plain(fact: Any) -> str:

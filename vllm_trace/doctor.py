@@ -40,6 +40,8 @@ class Diagnosis:
     """Package → version, or the cost of its absence in parentheses."""
     plugin: str = ""
     """Whether vLLM will find the plugin; a sentence."""
+    vllm_trace: str = __version__
+    python: str = sys.version.split()[0]
 
     @property
     def healthy(self) -> bool:
@@ -48,12 +50,13 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": 1,
-            "vllm_trace": __version__,
-            "python": sys.version.split()[0],
+            "vllm_trace": self.vllm_trace,
+            "python": self.python,
             "vllm": self.vllm,
             "where": self.where,
             "tables": self.tables,
             "problem": self.problem,
+            "hint": self.hint,
             "plugin": self.plugin,
             "packages": self.packages,
             "hooks": [row.to_dict() | {"platform": row.hook.platform} for row in self.rows],

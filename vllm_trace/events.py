@@ -130,6 +130,8 @@ class SlotsAllocated(Event, tag=7):
     """New blocks only; hits stand in ``hit_blocks``."""
     hit_blocks: BlockIds
     num_free_blocks: int
+    num_kept: int = 0
+    """Calls in this step before this one that needed no block and left no event."""
 
 
 class SlotsRefused(Event, tag=9):
@@ -140,6 +142,7 @@ class SlotsRefused(Event, tag=9):
     num_new_tokens: int
     num_hit_tokens: int
     num_free_blocks: int
+    num_kept: int = 0
 
 
 class BlocksTaken(Event, tag=10):
@@ -222,6 +225,9 @@ class StepScheduled(Event, tag=16):
     """Level ``light`` only: (request, blocks) as the workers are told: the whole table of a new
     or resumed request, what was added for others."""
     num_spec_tokens: dict[int, int] = {}
+    kept: list[int] = []
+    """Whose calls those of ``num_kept`` were, spelled out in a step that preempted somebody;
+    otherwise they are the requests without a ``slots.allocated``, in the order of the step."""
 
 
 class StepUpdated(Event, tag=17):

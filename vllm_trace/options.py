@@ -16,6 +16,7 @@ OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",
+    "VTRACE_SOURCE_0_33": "folder of an unpacked vLLM 0.33 wheel, which the tests read",
 }
 
 

@@ -8,6 +8,7 @@ nothing else happens in a hooked call: no lock, no string, no encoding, no wait 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import socket
 import sys
@@ -61,12 +62,10 @@ class Recorder:
         self.numbers = Numbers(self.append)
         self.next_step: Callable[[], int] = count(1).__next__
         """Numbers the steps that this process schedules."""
-        self._kept: list[Any] = []
-        self.count_kept: Callable[[Any], None] = self._kept.append
-        """Counts the calls of ``allocate_slots`` that needed no new block. An append is the
-        cheapest way to count, and this is called once for each running request and step."""
-        self.last_ids: list[str] = []
-        self.last_counts: list[int] = []
+        self.kept: list[Any] = []
+        """Requests for which ``allocate_slots`` needed no new block, since the last step."""
+        self.keep: Callable[[Any], None] = self.kept.append
+        self.last_scheduled: dict[str, int] | None = None
         """Composition of the last step that was scheduled; a step like it is not spelled out."""
         self.rank = 0
         self.notes: dict[str, Any] = {}
@@ -84,29 +83,27 @@ class Recorder:
         self._told: set[str] = set()
         self._closed = False
         _alive.add(self)
-        # A child made by multiprocessing leaves by os._exit: atexit does not run there.
-        self._finalizer = util.Finalize(self, self.close, exitpriority=100)
+        self._finalize_at_exit()
         atexit.register(self.close)
+        # It also forgets, as it begins, all finalizers that it inherited.
+        util.register_after_fork(self, Recorder._finalize_at_exit)
+
+    def _finalize_at_exit(self) -> None:
+        """A child made by multiprocessing leaves by os._exit: atexit does not run there."""
+        if not self._closed:
+            self._finalizer = util.Finalize(self, self.close, exitpriority=100)
 
     def _after_fork(self) -> None:
         """A forked child has its own file; what the parent had pending is the parent's."""
         self.writer = None
         self._plain = False
-        self._kept.clear()
+        self.kept.clear()
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
-        self.last_ids = []
+        self.last_scheduled = None
         self.state.clear()
         self.counts.clear()
-        if not self._closed:
-            self._finalizer = util.Finalize(self, self.close, exitpriority=100)
-
-    def take_kept(self) -> int:
-        """Calls of ``count_kept`` since the last ``take_kept``."""
-        kept = len(self._kept)
-        self._kept.clear()
-        return kept
 
     # Requests -------------------------------------------------------------------------
 
@@ -118,7 +115,7 @@ class Recorder:
     def arrive(self, request_id: str) -> int:
         """Number a request that arrives now."""
         self._finished.pop(request_id, None)
-        self.last_ids = []
+        self.last_scheduled = None
         return self.numbers.new(request_id)
 
     def retire(self, request_id: str) -> int:
@@ -159,6 +156,8 @@ class Recorder:
                     self._tell_failure()
         except Exception as error:
             failed = error
+            if self.writer is not None:
+                self.writer.dropped += len(pending)
         finally:
             pending.clear()
         if failed is not None:
@@ -258,7 +257,9 @@ class Recorder:
         """Say something once on stderr."""
         if message not in self._told:
             self._told.add(message)
-            print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
+            # A closed stderr is no reason to raise in a hooked call.
+            with contextlib.suppress(Exception):
+                print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
 
 
 _alive: WeakSet[Recorder] = WeakSet()

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from vllm_trace.doctor import Diagnosis
 from vllm_trace.hooks.resolve import Resolution
 from vllm_trace.summary import Kernel, RequestLife, Step, Summary
 
 MAX_ROWS = 12
 """Rows of a table before the middle is left out, in a summary for reading."""
+
+MAX_NAME = 22
+"""Characters of a request's name in a table."""
+
+
+def plain(what: RenderableType, width: int = 80) -> str:
+    """As text for a file or a pipe: no colour, no blanks at the end of a line."""
+    text = io.StringIO()
+    Console(file=text, width=width, highlight=False, color_system=None).print(what)
+    return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
 def table(*columns: str, title: str = "", left: Sequence[int] = (0,)) -> Table:
@@ -29,10 +42,18 @@ def table(*columns: str, title: str = "", left: Sequence[int] = (0,)) -> Table:
 def duration(ns: float) -> str:
     """Three significant digits with a unit: ``1.53 ms``, ``48.0 µs``."""
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if ns >= size:
+        if ns >= size * 0.9995:  # what rounds to 1000 of a unit is 1 of the next
             value = ns / size
             return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
     return f"{ns:.0f} ns"
+
+
+def short_name(name: str, limit: int = MAX_NAME) -> str:
+    """A long name without its middle: ``cmpl-5d70e5a5…0-b2c81d3e``."""
+    if len(name) <= limit:
+        return name
+    tail = limit // 2
+    return f"{name[: limit - tail - 1]}…{name[-tail:]}"
 
 
 def shorten(rows: Sequence[Any], limit: int = MAX_ROWS) -> list[Any]:
@@ -107,7 +128,17 @@ def _why(backend: dict[str, Any]) -> str:
 def steps(rows: Sequence[Step], limit: int = MAX_ROWS) -> Table:
     """One line a step: how long each stage took, what it computed, what was left."""
     made = table(
-        "step", "sched", "forward", "post", "prefill", "decode", "run", "wait", "free", "", left=(9,)
+        "step",
+        "sched",
+        "forward",
+        "post",
+        "prefill",
+        "decode",
+        "run",
+        "wait",
+        "free",
+        "",
+        left=(9,),
     )
     for step in shorten(rows, limit):
         if step is None:
@@ -144,7 +175,7 @@ def requests(rows: Sequence[RequestLife], limit: int = MAX_ROWS) -> Table:
             made.add_row("…")
             continue
         made.add_row(
-            escape(life.name[-24:]),
+            escape(short_name(life.name)),
             str(life.num_prompt_tokens),
             str(life.num_hit_tokens + life.num_resume_hit_tokens or "–"),
             str(life.num_output_tokens),
@@ -192,20 +223,53 @@ def kernels(rows: Sequence[Kernel]) -> Table:
     return made
 
 
-def hooks(rows: Sequence[Resolution]) -> Table:
-    """Every hook with its state, and what its absence costs."""
-    made = table("hook", "for", "state", "gives", left=(0, 1, 2, 3))
+def diagnosis(found: Diagnosis) -> RenderableType:
+    """What ``doctor`` prints."""
+    lines = Table.grid(padding=(0, 2))
+    for what, said in (
+        ("vllm_trace", f"{found.vllm_trace}, Python {found.python}"),
+        ("vLLM", f"{found.vllm or 'of no known release'} in {found.where}" if found.where else "–"),
+        ("hook tables", "vLLM " + "; ".join(found.tables)),
+        ("plugin", found.plugin),
+        *found.packages.items(),
+    ):
+        lines.add_row(Text(what, style="dim"), Text(said, overflow="fold"))
+    parts: list[RenderableType] = [lines]
+    if found.problem:
+        parts += [
+            "",
+            Text(found.problem, style="red"),
+            Text(f"  {found.hint}" if found.hint else ""),
+        ]
+    if found.rows:
+        parts += ["", hooks(found.rows)]
+    return Group(*parts)
+
+
+def hooks(rows: Sequence[Resolution]) -> RenderableType:
+    """Every hook by class with its state, and what its absence costs."""
     styles = {"ok": "green", "changed": "yellow", "incompatible": "red", "missing": "red"}
-    for row in rows:
-        need = "*" if row.hook.required else ""
-        state = Text(row.state, style=styles[row.state])
-        gives = row.hook.emits.replace(" ", ", ")
-        if not row.usable:
-            gives = f"{row.detail}. Without it {row.hook.without}"
-        made.add_row(row.hook.qualname + need, row.hook.platform or "all", state, gives)
-    made.caption = "* required: without it nothing is hooked at all"
-    made.caption_justify = "left"
-    return made
+    parts: list[RenderableType] = []
+    for owner, group in groupby(rows, key=_owner):
+        body = Table.grid(padding=(0, 2))
+        for width in (29, 4, 12):
+            body.add_column(width=width, overflow="fold")
+        for row in group:
+            gives = row.hook.emits.replace(" ", ", ")
+            if not row.usable:
+                gives = f"{row.detail}: {row.hook.without}"
+            elif row.detail:
+                gives += f" ({row.detail})"
+            name = row.hook.qualname.rpartition(".")[2] + ("*" if row.hook.required else "")
+            state = Text(row.state, style=styles[row.state])
+            body.add_row(f"  {name}", row.hook.platform or "all", state, gives)
+        parts += [Text(owner, style="bold"), body]
+    return Group(*parts, "", Text("* required: without it nothing is hooked at all", style="dim"))
+
+
+def _owner(row: Resolution) -> str:
+    module = row.hook.module.removeprefix("vllm.")
+    return f"{module} {row.hook.qualname.rpartition('.')[0]}"
 
 
 def findings(summary: Summary) -> list[str]:
@@ -222,14 +286,16 @@ def findings(summary: Summary) -> list[str]:
         said.append(
             f"prefix cache: {facts['hit_requests']} of {facts['requests']} requests hit"
             f" {facts['hit_tokens']} of {prompt} prompt tokens{resumed};"
-            f" {facts['shared_blocks']} blocks stood in more than one table"
+            f" {facts['shared_blocks'] or 'no'} blocks stood in several tables at once"
         )
+    elif summary.header.get("level") == "light":
+        said.append("prefix cache: hits and evictions are not recorded at level light")
     elif summary.engine.get("enable_prefix_caching") and summary.requests:
         said.append("prefix cache: no request hit")
     if facts["evictions"]:
         said.append(f"evictions: {facts['evictions']} cached blocks were handed out anew")
     if facts["preemptions"]:
-        names = [r.name for r in summary.requests if r.num_preemptions]
+        names = [short_name(r.name) for r in summary.requests if r.num_preemptions]
         said.append(
             f"preemptions: {facts['preemptions']}, of {', '.join(names[:4])}"
             + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -242,6 +308,11 @@ def findings(summary: Summary) -> list[str]:
             summary.worker.first_difference
             or f"{who}: {summary.worker.num_rows} table rows and {summary.worker.num_slots}"
             " slots as the kernels received them, all equal to the manager's"
+        )
+    if summary.worker.num_unplanned:
+        said.append(
+            f"{summary.worker.num_unplanned} table rows of workers were not compared: the"
+            " scheduler's side of their steps is not in this trace"
         )
     if summary.engine:
         held = facts["blocks_in_use_at_end"]
@@ -264,6 +335,14 @@ def report(summary: Summary, *, limit: int = MAX_ROWS) -> RenderableType:
         text = Text("\n".join(summary.problems), style="yellow")
         parts += [_titled("What this trace does not hold", text)]
     return Group(*parts)
+
+
+def excerpt(summary: Summary, *, limit: int = MAX_ROWS) -> RenderableType:
+    """Some steps and requests of a trace."""
+    return Group(
+        _titled(f"Steps ({len(summary.steps)})", steps(summary.steps, limit)),
+        _titled(f"Requests ({len(summary.requests)})", requests(summary.requests, limit)),
+    )
 
 
 def _titled(title: str, body: RenderableType) -> RenderableType:

@@ -18,7 +18,9 @@ A replay that could not consume every event is not a pass, and says what it did 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm_trace.divergence import Divergence, describe
@@ -128,8 +130,7 @@ def replay(trace: Trace, mode: str) -> Replayed:
         if driver is None or result.not_judged or result.divergence:
             continue
         if type(event) not in _DECISIONS:
-            driver.observe(record)
-            result.num_consumed += 1
+            _run(driver, [record], result, trace)
             continue
         segment.append(record)
         if type(event) is StepScheduled or type(event) is StepUpdated:
@@ -272,9 +273,7 @@ class _Replay:
         elif kind == "prefix.looked_up":
             request, num_tokens, num_hit, ids = fields
             self.told.append((kind, request, num_tokens, num_hit, _filled([list(i) for i in ids])))
-        elif kind == "slots.refused":
-            self.told.append((kind, *fields))
-        elif kind not in ("step.scheduled", "request.finished"):
+        elif kind == "slots.refused" or kind not in ("step.scheduled", "request.finished"):
             self.told.append((kind, *fields))
 
     def settle(self, number: int) -> None:
@@ -324,9 +323,12 @@ class _Replay:
             known += hashes[max(0, len(known) - first) :]
 
     def take(self, segment: list[Record]) -> None:
-        """Replay one segment. Raises: ``Diverged``."""
+        """Replay one segment, or an event that decides nothing. Raises: ``Diverged``."""
         self.history = [*self.history[-40:], *segment]
-        self.replay_segment(segment)
+        if type(segment[0].event) in _DECISIONS:
+            self.replay_segment(segment)
+        else:
+            self.observe(segment[0])
 
     def replay_segment(self, segment: list[Record]) -> None:
         raise NotImplementedError
@@ -342,33 +344,56 @@ class _ManagerReplay(_Replay):
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
         super().__init__(config, trace)
         self.whole = bool(self.settings.get("full_sequence_must_fit"))
+        self.asynchronous = bool(self.settings.get("async_scheduling"))
         self.hits: dict[int, tuple[Any, int]] = {}
         self.steps: dict[int, StepScheduled] = {}
 
     def replay_segment(self, segment: list[Record]) -> None:
         end = segment[-1].event
-        scheduled = end if type(end) is StepScheduled else None
-        kept = _Kept(self, segment, scheduled)
+        kept: _Silent = _Silent([])
+        answers: _Silent = _Silent([])
+        if type(end) is StepScheduled:
+            told = {r.event.request for r in segment if type(r.event) is SlotsAllocated}
+            counts = dict(zip(end.requests or (), end.num_tokens or (), strict=True))
+            order = end.kept or [request for request in counts if request not in told]
+            self.require(segment[-1].number, "calls without a block", end.num_kept, len(order))
+            kept = _Silent([(r, partial(self._keep, r, counts.get(r))) for r in order])
+        elif type(end) is StepUpdated:
+            answers = _Silent(self._answers(end))
+        by_output = {
+            r.event.request
+            for r in segment
+            if type(r.event) is RequestFinished and r.event.reason in FINISHED_BY_OUTPUT
+        }
         for record in segment:
+            event = record.event
+            self.learn_hashes(event)
+            if type(event) is BlocksCached or (
+                type(event) is RequestFreed and event.request in by_output
+            ):
+                answers.run_through(event.request)
             self._replay_event(record, kept)
         kept.run_rest()
+        answers.run_rest()
         self.settle(segment[-1].number)
 
-    def _replay_event(self, record: Record, kept: _Kept) -> None:
+    def _replay_event(self, record: Record, kept: _Silent) -> None:
         event, number = record.event, record.number
         fact = fact_of(event)
         if fact is not None:
             self.expected.append((number, fact))
-        self.learn_hashes(event)
         kind = type(event)
         if kind is BlocksCached:
             kept.run_through(event.request)
         elif kind is SlotsAllocated or kind is SlotsRefused:
-            kept.run_before(event.request)
+            kept.run(event.num_kept)
             self._allocate(event, number)
         elif kind is PrefixLookedUp:
             kept.run_rest()
-            hits, num_hit, _ = self.manager.get_computed_blocks(self.requests[event.request])
+            request = self.requests[event.request]
+            hits, num_hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(
+                request
+            )
             self.hits[event.request] = (hits, num_hit)
             self.settle(number)
         elif kind is RequestFreed:
@@ -386,12 +411,15 @@ class _ManagerReplay(_Replay):
         elif kind is StepScheduled:
             kept.run_rest()
             self._advance(event, number)
-        elif kind is StepUpdated:
-            self._answer(event)
 
-    def allocate_kept(self, request: int, num_tokens: int) -> None:
-        """A call that needed no block: its token count is that of the step."""
-        self.manager.allocate_slots(self.requests[request], num_tokens)
+    def _keep(self, key: int, num_tokens: int | None) -> None:
+        """A call of ``allocate_slots`` that needed no block and left no event."""
+        request = self.requests[key]
+        if num_tokens is None:
+            # Scheduled first and preempted then: the step does not say how much it was to do.
+            ahead = request.num_tokens + request.num_output_placeholders
+            num_tokens = ahead - request.num_computed_tokens
+        self.manager.allocate_slots(request, num_tokens)
 
     def _allocate(self, event: Any, number: int) -> None:
         request = self.requests[event.request]
@@ -422,75 +450,85 @@ class _ManagerReplay(_Replay):
         self.told.append(lost)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
+        if self.rules.stale_output_waits:
+            request.num_stale_output_tokens = request.num_in_flight_tokens
+            request.num_output_placeholders = 0
         request.num_preemptions += 1
         self.settle(number)
 
     def _advance(self, event: StepScheduled, number: int) -> None:
         self.require(
-            number, "free blocks", event.num_free_blocks, self.manager.block_pool.get_num_free_blocks()
+            number,
+            "free blocks",
+            event.num_free_blocks,
+            self.manager.block_pool.get_num_free_blocks(),
         )
         for key, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             request = self.requests[key]
             request.num_computed_tokens += count
             request.num_in_flight_tokens += count
+            ahead = request.num_tokens + request.num_output_placeholders
+            if self.asynchronous and request.num_computed_tokens >= ahead:
+                request.num_output_placeholders += 1
         self.steps[event.step] = event
         self.worker.plan(event, self.block_size)
 
-    def _answer(self, event: StepUpdated) -> None:
+    def _answers(self, event: StepUpdated) -> list[tuple[int, Callable[[], object]]]:
+        """What ``update_from_output`` does to each request of the step, in order."""
         step = self.steps.pop(event.step, None)
         if step is None:
+            return []
+        requests, counts = step.requests or [], step.num_tokens or []
+        outputs = event.num_output_tokens or [0] * len(requests)
+        return [
+            (request, partial(self._answer, request, scheduled, sampled))
+            for request, scheduled, sampled in zip(requests, counts, outputs, strict=True)
+        ]
+
+    def _answer(self, key: int, scheduled: int, sampled: int) -> None:
+        request = self.requests.get(key)
+        if request is None:
             return
-        outputs = event.num_output_tokens or [0] * len(step.requests or ())
-        triples = zip(step.requests or (), step.num_tokens or (), outputs, strict=True)
-        for key, scheduled, sampled in triples:
-            request = self.requests.get(key)
-            if request is not None:
-                request.num_in_flight_tokens -= scheduled
-                request.num_tokens += sampled
+        request.num_in_flight_tokens -= scheduled
+        stale = request.num_stale_output_tokens > 0
+        if stale:
+            request.num_stale_output_tokens -= scheduled
+        request.num_tokens += sampled
+        if sampled and self.asynchronous and not stale:
+            request.num_output_placeholders -= sampled
+            if request.status is RequestStatus.RUNNING:
+                known = request.num_computed_tokens - (
+                    request.num_in_flight_tokens
+                    if self.rules.output_caches_processed
+                    else request.num_output_placeholders
+                )
+                self.manager.cache_blocks(request, known)
 
 
-class _Kept:
-    """Calls of ``allocate_slots`` that left no event, put back into their order.
+class _Silent:
+    """Actions, one a request, that left no event of their own but whose order is known.
 
-    A scheduled request without an event of its own had such a call, at its place in the step.
+    Each is done when an event comes up that only it, or a later one, can have caused.
     """
 
-    def __init__(
-        self, replay: _ManagerReplay, segment: list[Record], end: StepScheduled | None
-    ) -> None:
-        self.replay = replay
-        self.waiting: list[tuple[int, int]] = []
-        self.places: dict[int, int] = {}
-        self.next = 0
-        if end is not None:
-            order = end.requests or []
-            told = {r.event.request for r in segment if type(r.event) is SlotsAllocated}
-            self.places = {request: place for place, request in enumerate(order)}
-            self.waiting = [
-                (request, count)
-                for request, count in zip(order, end.num_tokens or (), strict=True)
-                if request not in told
-            ]
-
-    def run_before(self, request: int) -> None:
-        """Those that were served before this one."""
-        self._run(self.places.get(request, -1))
+    def __init__(self, actions: Sequence[tuple[int, Callable[[], object]]]) -> None:
+        self.actions = actions
+        self.places = {request: place for place, (request, _) in enumerate(actions)}
+        self.done = 0
 
     def run_through(self, request: int) -> None:
-        """Those up to this one, if its own call left no event."""
-        if any(request == kept for kept, _ in self.waiting[self.next :]):
-            self._run(self.places[request] + 1)
+        """Those up to and with this request's, if it has one."""
+        self.run(self.places.get(request, -1) + 1)
 
     def run_rest(self) -> None:
-        self._run(len(self.places))
+        self.run(len(self.actions))
 
-    def _run(self, place: int) -> None:
-        while self.next < len(self.waiting):
-            request, count = self.waiting[self.next]
-            if self.places[request] >= place:
-                return
-            self.next += 1
-            self.replay.allocate_kept(request, count)
+    def run(self, count: int) -> None:
+        """Do the first ``count`` of them."""
+        while self.done < min(count, len(self.actions)):
+            action = self.actions[self.done][1]
+            self.done += 1
+            action()
 
 
 class _EngineReplay(_Replay):
@@ -564,7 +602,8 @@ class _EngineReplay(_Replay):
         sampled = {r: n for r, n in zip(step.requests or (), counts, strict=True) if n}
         finished = self.scheduler.update_from_output(output, sampled, stops)
         self.settle(number)
-        self.require(number, "finished requests", stops, finished)
+        # Without token ids mini cannot tell a stop at the last token from reaching the limit.
+        self.require(number, "finished requests", list(stops), list(finished))
         for request in finished:
             self.requests.pop(request, None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import shlex
@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from vllm_trace import __version__, render
@@ -32,10 +32,27 @@ class Run:
 
     folder: Path
     date: str
+    link: Path | None = None
+    """``latest``, when it points here."""
+    link_before: str = ""
+    """Where it pointed before."""
 
     @property
     def trace(self) -> Path:
         return self.folder / "trace"
+
+    def discard(self, *, keep_log: bool = False) -> None:
+        """Nothing came of it: ``latest`` is what it was, and a folder without a trace goes."""
+        if any(self.trace.glob(f"*{SUFFIX}")):
+            return
+        with contextlib.suppress(OSError):
+            if self.link is not None:
+                self.link.unlink()
+                if self.link_before:
+                    self.link.symlink_to(self.link_before)
+            if not keep_log:
+                (self.folder / "engine.log").unlink(missing_ok=True)
+                self.folder.rmdir()
 
 
 def new_run(what: str, output: Path | None = None) -> Run:
@@ -44,18 +61,24 @@ def new_run(what: str, output: Path | None = None) -> Run:
     Raises: ``UsageError`` when it cannot be made, or is not empty.
     """
     now = datetime.now()
-    folder = output or Path("reports") / what / f"{now:%Y%m%d-%H%M%S}-{os.getpid()}"
+    name, again = f"{now:%Y%m%d-%H%M%S}-{os.getpid()}", 1
+    folder = output or Path("reports") / what / name
+    while output is None and folder.exists():
+        again += 1
+        folder = folder.with_name(f"{name}-{again}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"{folder} is not empty", hint="Give another folder with -o")
+        link, before = None, ""
         if output is None:
-            latest = folder.with_name("latest")
-            latest.unlink(missing_ok=True)
-            latest.symlink_to(folder.name)
+            link = folder.with_name("latest")
+            before = os.readlink(link) if link.is_symlink() else ""
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.name)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    return Run(folder, now.isoformat(timespec="seconds"))
+    return Run(folder, now.isoformat(timespec="seconds"), link, before)
 
 
 def save(
@@ -77,9 +100,7 @@ def save(
         f"torch {summary.header.get('torch')}, Python {sys.version.split()[0]}\n"
         f"date: {run.date}\n\n"
     )
-    plain = io.StringIO()
-    Console(file=plain, width=80, highlight=False).print(text)
-    (run.folder / "summary.txt").write_text(stamp + plain.getvalue(), encoding="utf-8")
+    (run.folder / "summary.txt").write_text(stamp + render.plain(text), encoding="utf-8")
     with open(run.folder / "summary.json", "w", encoding="utf-8") as file:
         json.dump(document, file, indent=1, default=str)
     return text
@@ -96,7 +117,7 @@ def _verdict(document: dict[str, Any], scenario: Scenario) -> list[Text]:
 
 def describe_recording(run: Run) -> str:
     """One sentence on what a ``record`` left behind, and what to do with it."""
-    files = sorted(run.trace.glob(f"*{SUFFIX}")) if run.trace.is_dir() else []
+    files = sorted(run.trace.glob(f"*{SUFFIX}"))
     if not files:
         return (
             "no vLLM process of that command wrote a trace. Is this package installed in its "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +76,6 @@ def start_engine(
     """
     os.environ |= quiet_environment()
     try:
-        # Collections while vLLM is imported cost a second and free nothing.
         with _no_gc():
             from vllm import LLM
             from vllm.engine.arg_utils import EngineArgs
@@ -90,7 +90,7 @@ def start_engine(
     known = set(EngineArgs.__dataclass_fields__)
     for name in asked:
         if name not in known:
-            raise unknown("engine argument", name, known)
+            raise unknown("engine argument", name, known, "All of them: vllm serve --help=all")
     model = model or str(asked.get("model") or scenario.engine["model"])
     folder = _model_folder(model)
     arguments, notes = fit_to_platform(
@@ -134,7 +134,12 @@ def fit_to_platform(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str
 def _model_folder(model: str) -> str:
     from vllm_trace import checkpoints
 
-    return str(checkpoints.checkpoint(model)) if model in checkpoints.NAMES else model
+    if model in checkpoints.NAMES:
+        return str(checkpoints.checkpoint(model))
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        # vLLM would take it for a name on the hub and complain of its letters.
+        raise UsageError(f"there is no model folder {model}")
+    return model
 
 
 def run_workload(llm: Any, scenario: Scenario) -> Outcome:
@@ -156,7 +161,8 @@ def run_workload(llm: Any, scenario: Scenario) -> Outcome:
 
 def stop_engine(llm: Any) -> None:
     """Shut the engine and its processes down; their traces can be closed then."""
-    llm.llm_engine.engine_core.shutdown()
+    with _no_gc():
+        llm.llm_engine.engine_core.shutdown()
 
 
 def warnings_of(log: Path) -> list[str]:
@@ -261,28 +267,43 @@ def _beam_search(llm: Any, arrival: Arrival, outcome: Outcome) -> None:
 
 @contextlib.contextmanager
 def _no_gc() -> Iterator[None]:
-    enabled = gc.isenabled()
+    """No collection inside, nor any that vLLM asks for: each goes through a million objects of
+    torch's and vLLM's modules, and starting and stopping an engine asks for seven."""
+    enabled, collect = gc.isenabled(), gc.collect
     gc.disable()
+    gc.collect = lambda generation=2: 0
     try:
         yield
     finally:
+        gc.collect = collect
         if enabled:
             gc.enable()
 
 
-@contextlib.contextmanager
-def stderr_to(path: Path) -> Iterator[Callable[[], str]]:
-    """Send everything that C and Python code print to stderr into a file while inside.
+def _lines_of(log: Path) -> list[str]:
+    """Without torch's warnings that Triton is absent and the like: ``W1121 08:16:03.8 …``."""
+    lines = log.read_text(errors="replace").splitlines()
+    return [line for line in lines if not re.match(r"[IW]\d{4} \d\d:", line)]
 
-    Yields a function that reads the file's last lines.
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[Callable[[], str]]:
+    """Send everything that C and Python code print into a file while inside, and that of children.
+
+    vLLM logs to stdout, and its processes print what killed them there. Yields a function that
+    reads the file's last lines.
     """
-    sys.stderr.flush()
-    kept = os.dup(2)
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [os.dup(1), os.dup(2)]
     with open(path, "ab") as file:
+        os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        yield lambda: "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+        yield lambda: "\n".join(_lines_of(path)[-15:])
     finally:
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        os.close(kept)
+        for number, stream in enumerate(streams, 1):
+            stream.flush()
+            os.dup2(kept[number - 1], number)
+            os.close(kept[number - 1])

@@ -122,9 +122,12 @@ class Scenario:
         return said
 
 
+_STATEMENT = re.compile(r"(>=|<=|==|!=|>|<)\s*(-?\d+)")
+
+
 def _holds(value: int | str, wanted: str | int) -> bool:
-    match = re.fullmatch(r"(>=|<=|==|!=|>|<)\s*(-?\d+)", wanted) if isinstance(wanted, str) else None
-    if match:
+    match = _STATEMENT.fullmatch(wanted) if isinstance(wanted, str) else None
+    if match and isinstance(value, int):
         return bool(_OPERATORS[match[1]](value, int(match[2])))
     return value == wanted
 
@@ -142,13 +145,19 @@ def _expand(
         if key not in _KEYS:
             raise unknown("key of a request", key, _KEYS)
     count, base = given.get("count", 1), given.get("name", "r")
-    head = prefixes[given["prefix"]] if "prefix" in given else ()
+    if given.get("prefix", "") not in ("", *prefixes):
+        raise unknown("prefix", given["prefix"], prefixes)
+    head = prefixes.get(given.get("prefix", ""), ())
+    if ("tokens" in given and (isinstance(head, str) or "prompt" in given)) or (
+        "prompt" in given and head and not isinstance(head, str)
+    ):
+        raise UsageError(f"request {base} mixes text and random tokens in one prompt")
     made = []
     for index in range(count):
         text = given.get("prompt", "")
         tail = () if text else _tokens(rng, _number(given.get("tokens", 0), rng), vocab_size)
         if isinstance(head, str):
-            text, tail = head + text, tail
+            text = head + text
         arrival = Arrival(
             name=f"{base}-{index}" if count > 1 else base,
             text=text,
@@ -169,6 +178,11 @@ def _number(given: int | Mapping[str, float], rng: random.Random) -> int:
     """A number, or one drawn from a log-normal distribution with median, sigma, min and max."""
     if isinstance(given, int):
         return given
+    if not isinstance(given, Mapping) or not {"median", "sigma"} <= given.keys():
+        raise UsageError(f"{given!r} is neither a number nor a table with median and sigma")
+    for key in given:
+        if key not in ("median", "sigma", "min", "max"):
+            raise unknown("key of a distribution", key, ("median", "sigma", "min", "max"))
     drawn = given["median"] * exp(rng.gauss(0.0, given["sigma"]))
     return int(min(max(drawn, given.get("min", 1)), given.get("max", 1 << 30)))
 
@@ -187,7 +201,7 @@ def names() -> list[str]:
 def load(name: str) -> Scenario:
     """The scenario of that name, or of the TOML file at that path.
 
-    Raises: ``UsageError`` when there is none, or it has a key that does not exist.
+    Raises: ``UsageError`` when there is none, or it has a key that does not exist, or lacks one.
     """
     path = Path(name)
     if path.suffix == ".toml":
@@ -207,5 +221,16 @@ def load(name: str) -> Scenario:
     for key in data:
         if key not in known:
             raise unknown(f"key of scenario {name}", key, known)
-    data["requests"] = tuple(data.get("requests", ()))
-    return Scenario(name=name, **data)
+    for key in ("title", "shows", "engine", "requests"):
+        if key not in data:
+            raise UsageError(f"scenario {name} has no {key}")
+    if "model" not in data["engine"]:
+        raise UsageError(f"scenario {name} names no model", hint='[engine] model = "tiny-llama"')
+    for key, wanted in data.get("expect", {}).items():
+        if str(wanted)[:1] in "<>=!" and not _STATEMENT.fullmatch(str(wanted)):
+            raise UsageError(f"scenario {name}: {key} = {wanted!r} is no statement", hint=">= 1")
+    data["requests"] = tuple(data["requests"])
+    made = Scenario(name=name, **data)
+    # Once for nothing, so that a mistake in a request shows before an engine is started.
+    made.arrivals(vocab_size=512)
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from vllm_trace import render
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import KINDS, StepScheduled, StepUpdated, to_dict
 from vllm_trace.state import KVState
-from vllm_trace.summary import RequestLife, Summary
-from vllm_trace.trace import Record, Trace, read_trace
+from vllm_trace.summary import Summary
+from vllm_trace.trace import REQUEST_LISTS, Record, Trace, read_trace
+
+OPEN = 1 << 62
+"""A last step that no trace reaches."""
 
 VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
 
@@ -28,9 +31,9 @@ class Filter:
     """What to keep."""
 
     request: str = ""
-    """A request's name, or a part of it that only one has."""
+    """A request's name, or a part of it that no other name has."""
     first_step: int = 0
-    last_step: int = 1 << 62
+    last_step: int = OPEN
     kinds: tuple[str, ...] = ()
     """Kinds of events, or their beginnings: ``blocks`` is all of ``blocks.*``."""
 
@@ -40,7 +43,7 @@ class Filter:
 
         Raises: ``UsageError`` for a step that is no number, or a kind that does not exist.
         """
-        first, last = 0, 1 << 62
+        first, last = 0, OPEN
         if step:
             head, _, tail = step.partition("-")
             try:
@@ -51,80 +54,103 @@ class Filter:
         kinds = tuple(k.strip() for k in kind.split(",") if k.strip())
         for name in kinds:
             if not any(known.startswith(name) for known in KINDS):
-                raise unknown("kind of event", name, KINDS)
+                raise unknown("kind of event", name, KINDS, f"Known: {', '.join(sorted(KINDS))}")
         return cls(request, first, last, kinds)
 
     def covers(self, step: int) -> bool:
         return self.first_step <= step <= self.last_step
 
-    @property
-    def is_open(self) -> bool:
-        return self == Filter()
+    def check(self, what: str) -> None:
+        """Raise ``UsageError`` when a view cannot be filtered like this."""
+        if self.kinds and what != "events":
+            raise UsageError(f"--kind is for events, not for {what}", hint="Try: show TRACE events")
+        if what == "kernels" and self != Filter():
+            raise UsageError(
+                "kernels are added up over the whole trace",
+                hint="Of one step: show TRACE events --kind attention --step N",
+            )
 
 
-def find_request(trace: Trace, name: str, lives: list[RequestLife]) -> RequestLife:
-    """The request of that name, or the only one that has it as a part.
+def numbers_called(names: Mapping[int, str], name: str) -> set[int]:
+    """Numbers of the request of that name (a name may come again), or of the only one that has
+    it as a part.
 
-    Raises: ``UsageError`` when there is none, or several.
+    Raises: ``UsageError`` when there is none, or several names have that part.
     """
-    exact = [life for life in lives if life.name == name]
-    found = exact or [life for life in lives if name in life.name]
+    exact = {number for number, known in names.items() if known == name}
+    found = exact or {number for number, known in names.items() if name in known}
+    called = sorted({names[number] for number in found})
     if not found:
-        raise unknown("request", name, [life.name for life in lives])
-    if len(found) > 1:
-        some = ", ".join(life.name for life in found[:5])
-        raise UsageError(f"{len(found)} requests are called {name!r}: {some} …")
-    return found[0]
+        raise unknown("request", name, set(names.values()))
+    if len(called) > 1:
+        some = ", ".join(called[:5]) + (" …" if len(called) > 5 else "")
+        raise UsageError(f"--request {name!r} is part of {len(called)} names: {some}")
+    return found
+
+
+def select(trace: Trace, wanted: Filter) -> Summary:
+    """The summary of a trace with only the steps and requests that are wanted."""
+    summary = Summary.of(trace)
+    if wanted.request:
+        known = {life.request: life.name for life in summary.requests}
+        found = numbers_called(known, wanted.request)
+        summary.requests = [life for life in summary.requests if life.request in found]
+        first = min(life.first_step for life in summary.requests)
+        last = max(life.last_step for life in summary.requests)
+        summary.steps = [step for step in summary.steps if first <= step.step <= last]
+    summary.steps = [step for step in summary.steps if wanted.covers(step.step)]
+    if wanted.last_step < OPEN or wanted.first_step:
+        summary.requests = [
+            life
+            for life in summary.requests
+            if life.first_step <= wanted.last_step and life.last_step >= wanted.first_step
+        ]
+    return summary
 
 
 def view(trace: Trace, what: str, wanted: Filter, limit: int) -> RenderableType:
     """One view of a trace as something that rich prints."""
+    wanted.check(what)
     if what == "blocks":
         return pool_map(trace, wanted)
-    summary = Summary.of(trace)
-    lives = summary.requests
-    if wanted.request:
-        lives = [find_request(trace, wanted.request, lives)]
-    shown = [step for step in summary.steps if wanted.covers(step.step)]
-    if wanted.request:
-        shown = [s for s in shown if lives[0].first_step <= s.step <= lives[0].last_step]
+    if what == "summary" and wanted == Filter():
+        return render.report(Summary.of(trace))
+    summary = select(trace, wanted)
     if what == "steps":
-        return render.steps(shown, limit)
+        return render.steps(summary.steps, limit)
     if what == "requests":
-        return render.requests(lives, limit)
+        return render.requests(summary.requests, limit)
     if what == "kernels":
         return render.kernels(summary.kernels)
-    summary.steps, summary.requests = shown, lives
-    return render.report(summary)
+    # Totals of the whole trace beside rows of a part of it would read as belonging together.
+    return render.excerpt(summary, limit=limit)
 
 
 def data(trace: Trace, what: str, wanted: Filter) -> Any:
     """The same as plain values, for ``--json``."""
+    wanted.check(what)
     if what == "blocks":
-        return {"schema": 1, "columns": [column.to_dict() for column in pool_columns(trace, wanted)]}
-    told = Summary.of(trace).to_dict()
+        columns = [column.to_dict() for column in pool_columns(trace, wanted)]
+        return {"schema": 1, "columns": columns, "problems": trace.problems}
+    told = select(trace, wanted).to_dict()
     if what == "summary":
         return told
-    rows = told[what]
-    if what == "steps":
-        rows = [row for row in rows if wanted.covers(row["step"])]
-    if what == "requests" and wanted.request:
-        rows = [row for row in rows if wanted.request in row["name"]]
-    return {"schema": 1, what: rows, "problems": told["problems"]}
+    return {"schema": 1, what: told[what], "problems": told["problems"]}
 
 
 # Raw events -----------------------------------------------------------------------------
 
 
-def select(trace: Trace, wanted: Filter) -> Iterator[Record]:
+def select_events(trace: Trace, wanted: Filter) -> Iterator[Record]:
     """Records that pass the filter. A record belongs to the step that it leads up to."""
     held: list[Record] = []
+    numbers = _numbers_wanted(trace, wanted)
     for record in trace.records():
         event = record.event
         if wanted.kinds and not event.kind.startswith(wanted.kinds):
             if not isinstance(event, StepScheduled | StepUpdated):
                 continue
-        elif _speaks_of(trace, event, wanted.request):
+        elif not numbers or _speaks_of(event, numbers):
             held.append(record)
         step = getattr(event, "step", None)
         if step is None and len(held) < 4096:
@@ -132,31 +158,52 @@ def select(trace: Trace, wanted: Filter) -> Iterator[Record]:
         if step is None or wanted.covers(step):
             yield from held
         held = []
-    if wanted.last_step >= 1 << 62:
+    if wanted.last_step >= OPEN:
         yield from held
 
 
-def _speaks_of(trace: Trace, event: Any, name: str) -> bool:
-    if not name:
-        return True
-    numbers = {n for n, known in trace.names.items() if name in known}
+def _numbers_wanted(trace: Trace, wanted: Filter) -> set[int]:
+    if not wanted.request:
+        return set()
+    for _ in trace.records():  # a first time, to learn the names
+        pass
+    return numbers_called(trace.names, wanted.request)
+
+
+def _speaks_of(event: Any, numbers: set[int]) -> bool:
     own = getattr(event, "request", None)
-    return own in numbers or bool(numbers & set(getattr(event, "requests", None) or ()))
+    return own in numbers or not numbers.isdisjoint(getattr(event, "requests", None) or ())
 
 
 def describe(trace: Trace, record: Record) -> str:
     """One event on one line, with names for requests."""
     fields = to_dict(record.event)
     kind = fields.pop("kind")
-    if "request" in fields:
-        fields["request"] = trace.names.get(fields["request"], f"#{fields['request']}")
-    parts = [f"{key}={_brief(value)}" for key, value in fields.items() if value not in (None, [], {})]
+    for key in ("request", *REQUEST_LISTS):
+        if key in fields:
+            fields[key] = _named(trace.names, fields[key])
+    if fields.get("request") == fields.get("request_id"):
+        fields.pop("request_id", None)
+    parts = [
+        f"{key}={_brief(value)}" for key, value in fields.items() if value not in (None, [], {})
+    ]
     return f"{record.number:>7} {kind:<18} {' '.join(parts)}"
 
 
+def _named(names: Mapping[int, str], given: Any) -> Any:
+    if isinstance(given, list):
+        return [_named(names, number) for number in given]
+    return names.get(given, f"#{given}")
+
+
 def _brief(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 12:
-        return "[" + ", ".join(map(str, value[:10])) + f", … {len(value)}]"
+    if isinstance(value, list):
+        words = [_brief(each) for each in value]
+        if len(words) > 12:
+            words = [*words[:10], f"… {len(value)} in all"]
+        return f"[{', '.join(words)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_brief(each)}" for key, each in value.items()) + "}"
     return str(value)
 
 
@@ -175,21 +222,21 @@ class Column:
         return {"step": self.step, "owners": self.owners, "shared": sorted(self.shared)}
 
 
-FREE, CACHED = -2, -1
+SHARED, FREE, CACHED = -3, -2, -1
 _STYLES = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green",
            "bright_yellow", "bright_blue", "bright_magenta", "bright_cyan")  # fmt: skip
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def column_of(state: KVState, step: int) -> Column:
-    """The pool as it is now."""
+def column_of(state: KVState, step: int, named: Container[int] = ()) -> Column:
+    """The pool as it is now. A shared block goes to one of its owners, to a named one if it can."""
     size = state.config.num_blocks if state.config else 0
     made = Column(step, [FREE] * size)
     for block in state.hashes:
         if block < size:
             made.owners[block] = CACHED
     seen: set[int] = set()
-    for request, table in state.tables.items():
+    for request, table in sorted(state.tables.items(), key=lambda item: item[0] in named):
         for block in {b for row in table for b in row if 0 < b < size}:
             if block in seen:
                 made.shared.add(block)
@@ -201,51 +248,83 @@ def column_of(state: KVState, step: int) -> Column:
 def pool_columns(trace: Trace, wanted: Filter) -> Iterator[Column]:
     """The pool after each step's schedule."""
     state = KVState()
+    named = _numbers_wanted(trace, wanted)
     for record in trace.records():
         state.apply(record.event)
         if type(record.event) is StepScheduled and wanted.covers(record.event.step):
-            yield column_of(state, record.event.step)
+            yield column_of(state, record.event.step, named)
 
 
 def pool_map(trace: Trace, wanted: Filter, width: int = 64) -> RenderableType:
     """Blocks down, steps across: a letter for each owner, ``#`` shared, ``·`` cached."""
     columns = list(pool_columns(trace, wanted))
     if not columns:
-        return Text("no step in this trace")
+        return Text("no such step in this trace")
+    named = numbers_called(trace.names, wanted.request) if wanted.request else set()
     stride = max(1, -(-len(columns) // width))
     shown = columns[::stride]
-    size = len(shown[0].owners)
+    size = max(len(column.owners) for column in shown)
     rows_per_line = max(1, -(-(size - 1) // 48))
-    lines = [Text(f"steps {shown[0].step}–{columns[-1].step}, a column is {stride} step(s); ")]
-    lines[0].append("letters are requests, # shared, · cached and free, blank free", style="dim")
+    lines = [
+        Text(f"steps {shown[0].step} to {columns[-1].step}, a column is {_many(stride, 'step')}"),
+        Text(
+            "letter: a request holds it  "
+            + ("-: another does" if named else "#: several do")
+            + "  ·: free, in the prefix cache  blank: free",
+            style="dim",
+        ),
+    ]
+    if rows_per_line > 1:
+        text = f"a line is {rows_per_line} blocks and shows what most of them are"
+        lines.append(Text(text, style="dim"))
     for first in range(1, size, rows_per_line):
         last = min(size - 1, first + rows_per_line - 1)
         label = f"{first}" if first == last else f"{first}–{last}"
         line = Text(f"{label:>9} ")
         for column in shown:
-            line.append(*_cell(column, first, last))
+            line.append(*_cell(column, first, last, named))
         lines.append(line)
-    legend = Text("\n")
-    owners = {o for column in shown for o in column.owners if o >= 0}
-    for owner in sorted(owners)[:20]:
-        legend.append(_LETTERS[owner % len(_LETTERS)], style=_STYLES[owner % len(_STYLES)])
-        legend.append(f" {trace.names.get(owner, owner)}  ", style="dim")
-    if len(owners) > 20:
-        legend.append(f"and {len(owners) - 20} more", style="dim")
-    return Group(*lines, legend)
+    owners = sorted({o for column in shown for o in column.owners if o >= 0})
+    owners = [owner for owner in owners if not named or owner in named]
+    return Group(*lines, Text(), _legend(trace.names, owners))
 
 
-def _cell(column: Column, first: int, last: int) -> tuple[str, str]:
-    owners = column.owners[first : last + 1]
-    owner, _ = Counter(owners).most_common(1)[0]
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _legend(names: Mapping[int, str], owners: list[int], limit: int = 20) -> RenderableType:
+    """Letters with names; a line is broken between two of them only."""
+    lines = [Text()]
+    for owner in owners[:limit]:
+        name = render.short_name(names.get(owner, str(owner)))
+        if len(lines[-1]) + len(name) + 4 > 80:
+            lines.append(Text())
+        lines[-1].append(_LETTERS[owner % len(_LETTERS)], style=_STYLES[owner % len(_STYLES)])
+        lines[-1].append(f" {name}  ", style="dim")
+    if len(owners) > limit:
+        lines.append(Text(f"and {len(owners) - limit} more", style="dim"))
+    return Group(*lines)
+
+
+def _cell(column: Column, first: int, last: int, named: set[int]) -> tuple[str, str]:
+    """Character and style of some blocks after a step; ``named``: the requests asked for, or none."""
+    what = Counter(
+        SHARED if first + place in column.shared and not named else owner
+        for place, owner in enumerate(column.owners[first : last + 1])
+    )
+    owner, _ = what.most_common(1)[0] if what else (FREE, 0)
+    if named and (mine := named.intersection(what)):
+        owner = min(mine)
     if owner == FREE:
         return " ", ""
     if owner == CACHED:
         return "·", "dim"
-    style = _STYLES[owner % len(_STYLES)]
-    if any(block in column.shared for block in range(first, last + 1)):
-        return "#", style
-    return _LETTERS[owner % len(_LETTERS)], style
+    if owner == SHARED:
+        return "#", "bold"
+    if named and owner not in named:
+        return "-", "dim"
+    return _LETTERS[owner % len(_LETTERS)], _STYLES[owner % len(_STYLES)]
 
 
 # Following ------------------------------------------------------------------------------
@@ -257,8 +336,10 @@ def follow(path: Path, console: Console, *, seconds: float = 0, every: float = 0
     with Live(console=console, refresh_per_second=4, transient=False) as live:
         try:
             while not seconds or time.monotonic() - began < seconds:
+                read = time.monotonic()
                 live.update(_now(path))
-                time.sleep(every)
+                # A long trace takes a while to read: no more than a fifth of a core goes into it.
+                time.sleep(max(every, 4 * (time.monotonic() - read)))
         except KeyboardInterrupt:
             pass
         live.update(_now(path))
@@ -290,7 +371,7 @@ def printer(trace: Trace, wanted: Filter, out: Callable[[str], None], as_json: b
     """Print raw events, one a line."""
     import msgspec
 
-    for record in select(trace, wanted):
+    for record in select_events(trace, wanted):
         if as_json:
             line = {"event": record.number, "process": record.process} | to_dict(record.event)
             out(msgspec.json.encode(line).decode())

@@ -14,9 +14,9 @@ from vllm_trace.events import (
     AttentionPlanned,
     BackendSelected,
     BlockEvicted,
+    BlocksTouched,
     EngineConfigured,
     Event,
-    PrefixLookedUp,
     RequestArrived,
     RequestFinished,
     RequestPreempted,
@@ -29,7 +29,7 @@ from vllm_trace.events import (
     StepUpdated,
     TableRowChanged,
 )
-from vllm_trace.state import KVState
+from vllm_trace.state import NULL_BLOCK, KVState
 from vllm_trace.trace import Trace
 
 
@@ -93,6 +93,7 @@ class Kernel:
     kernel: str
     variant: str
     num_steps: int = 0
+    """Steps, however many workers ran each."""
     num_calls: int = 0
     total_ns: int = 0
     clock: str = "host"
@@ -104,6 +105,8 @@ class WorkerCheck:
 
     num_rows: int = 0
     num_slots: int = 0
+    num_unplanned: int = 0
+    """Rows of steps of which the manager's side is not in the trace."""
     first_difference: str = ""
 
 
@@ -123,6 +126,8 @@ class Summary:
     num_events: int = 0
     num_evictions: int = 0
     num_refusals: int = 0
+    num_shared_blocks: int = 0
+    """Blocks that stood in more than one table at the same time."""
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -165,7 +170,7 @@ class Summary:
             "max_waiting": max((s.num_waiting for s in self.steps), default=0),
             "max_context": max((r.max_context for r in self.requests), default=0),
             "kernel_calls": sum(k.num_calls for k in self.kernels),
-            "shared_blocks": self._num_shared_blocks(),
+            "shared_blocks": self.num_shared_blocks,
             "blocks_in_use_at_end": self._blocks_in_use_at_end(),
             "worker_rows": self.worker.num_rows,
             "worker_differences": int(bool(self.worker.first_difference)),
@@ -184,14 +189,6 @@ class Summary:
                 }.items()
             }
         return told
-
-    def _num_shared_blocks(self) -> int:
-        """Blocks that stand in the tables of more than one request."""
-        owners: dict[int, int] = {}
-        for request in self.requests:
-            for block in {b for row in request.table for b in row if b}:
-                owners[block] = owners.get(block, 0) + 1
-        return sum(count > 1 for count in owners.values())
 
     def _blocks_in_use_at_end(self) -> int:
         if not self.steps or not self.engine:
@@ -213,9 +210,13 @@ class _Reading:
         self.lives: dict[int, RequestLife] = {}
         self.kernels: dict[tuple[str, str], Kernel] = {}
         self.variants: dict[tuple[int, int], tuple[str, str]] = {}
-        self.preempted_since: int = 0
+        self.kernel_steps: dict[tuple[str, str], set[int]] = {}
+        self.preempted_since = 0
+        self.left_since = 0
+        self.shared: set[int] = set()
+        self.light = summary.header.get("level") == "light"
         self.rows: dict[tuple[int, int, int], list[int]] = {}
-        self.planned: dict[int, dict[int, tuple[list[list[int]], int]]] = {}
+        self.planned: dict[int, dict[int, list[list[int]]]] = {}
         self.workers: set[int] = set()
 
     def take(self, process: int, event: Event) -> None:
@@ -233,9 +234,14 @@ class _Reading:
         made.requests = [self.lives[number] for number in sorted(self.lives)]
         made.kernels = sorted(self.kernels.values(), key=lambda k: -k.total_ns)
         made.num_workers = len(self.workers)
+        made.num_shared_blocks = len(self.shared)
+        for key, kernel in self.kernels.items():
+            kernel.num_steps = len(self.kernel_steps[key])
         if made.engine:
-            in_use = {block for table in self.state.tables.values() for row in table for block in row}
-            free = made.engine["num_blocks"] - 1 - len(in_use - {0})
+            in_use = {
+                block for table in self.state.tables.values() for row in table for block in row
+            }
+            free = made.engine["num_blocks"] - 1 - len(in_use - {NULL_BLOCK})
             made.engine["num_free_blocks_at_end"] = free
         return made
 
@@ -266,7 +272,9 @@ class _Reading:
         }
         for known in self.made.backends:
             if all(known[key] == value for key, value in entry.items()):
-                known["layers"].append(event.layer)
+                # Each worker of a tensor-parallel group tells of the same layers.
+                if event.layer not in known["layers"]:
+                    known["layers"].append(event.layer)
                 return
         self.made.backends.append(entry | {"layers": [event.layer]})
 
@@ -287,6 +295,7 @@ class _Reading:
         life = self._life(event.request)
         life.finished_ns, life.reason = event.at_ns, event.reason
         life.num_output_tokens = event.num_output_tokens
+        self.left_since += 1
 
     def _preempted(self, process: int, event: RequestPreempted) -> None:
         self._life(event.request).num_preemptions += 1
@@ -303,6 +312,10 @@ class _Reading:
         self.made.num_refusals += 1
         self._life(event.request).num_refusals += 1
 
+    def _touched(self, process: int, event: BlocksTouched) -> None:
+        pairs = zip(event.blocks, event.ref_cnts, strict=True)
+        self.shared.update(block for block, count in pairs if count > 1 and block != NULL_BLOCK)
+
     def _evicted(self, process: int, event: BlockEvicted) -> None:
         self.made.num_evictions += 1
 
@@ -313,7 +326,6 @@ class _Reading:
         step.num_free_blocks = event.num_free_blocks
         step.num_requests = len(event.requests or ())
         step.num_joined = len(event.new) + len(event.resumed)
-        step.num_left = len(event.finished)
         step.num_preempted, self.preempted_since = self.preempted_since, 0
 
     def _after_schedule(self, event: StepScheduled) -> None:
@@ -323,8 +335,7 @@ class _Reading:
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             life = self._life(request)
             computed = self.state.computed.get(request, count)
-            before = computed - count
-            if before < life.num_prompt_tokens:
+            if self._is_prefill(event, request, count, computed - count):
                 step.num_prefill_tokens += count
                 life.num_chunks += 1
             else:
@@ -334,16 +345,26 @@ class _Reading:
             life.first_scheduled_ns = life.first_scheduled_ns or event.started_ns
             life.last_step = event.step
             life.max_context = max(life.max_context, computed)
-            table = self.state.tables.get(request, [])
+            table = [list(row) for row in self.state.tables.get(request, ())]
             if table and len(table[0]) >= len(life.table[0] if life.table else ()):
-                life.table = [list(row) for row in table]
-            planned[request] = (life.table, before)
+                life.table = table
+            planned[request] = table
         self.planned[event.step] = planned
         for old in [number for number in self.planned if number < event.step - 8]:
             del self.planned[old]
 
+    def _is_prefill(self, event: StepScheduled, request: int, count: int, before: int) -> bool:
+        if not self.light:
+            return before < self._life(request).num_prompt_tokens
+        # Hits are not in a light trace, so where the request stands is not known. A chunk of a
+        # single token, other than the first, is taken for a decode.
+        more = count - event.num_spec_tokens.get(request, 0)
+        return more > 1 or request in event.new or request in event.resumed
+
     def _updated(self, process: int, event: StepUpdated) -> None:
-        self.steps.setdefault(event.step, Step(event.step)).postprocess_ns = event.dur_ns
+        step = self.steps.setdefault(event.step, Step(event.step))
+        step.postprocess_ns = event.dur_ns
+        step.num_left, self.left_since = self.left_since, 0
 
     def _executed(self, process: int, event: StepExecuted) -> None:
         self.workers.add(process)
@@ -363,7 +384,7 @@ class _Reading:
     def _attention_called(self, process: int, event: AttentionCalled) -> None:
         key = self.variants.get((process, event.step), (event.kernel, ""))
         kernel = self.kernels.setdefault(key, Kernel(*key, clock=event.clock))
-        kernel.num_steps += 1
+        self.kernel_steps.setdefault(key, set()).add(event.step)
         kernel.num_calls += len(event.dur_ns)
         kernel.total_ns += sum(event.dur_ns)
         self.variants.pop((process, event.step - 8), None)
@@ -377,15 +398,16 @@ class _Reading:
         check = self.made.worker
         ratio = event.block_size // event.kernel_block_size
         cursor = 0
-        planned = self.planned.get(event.step, {})
+        planned = self.planned.get(event.step)
+        if planned is None:
+            check.num_unplanned += len(event.requests)
+            return
         for request, query, length in zip(
             event.requests, event.query_lens, event.seq_lens, strict=True
         ):
             slots = event.slots[cursor : cursor + query]
             cursor += query
-            if request not in planned:
-                continue
-            table, _ = planned[request]
+            table = planned.get(request, [])
             row = self.rows.get((process, event.group, request), [])
             mine = table[event.group] if len(table) > event.group else []
             check.num_rows += 1
@@ -393,9 +415,16 @@ class _Reading:
             if check.first_difference:
                 continue
             who = f"step {event.step}, request {self._life(request).name}"
+            if request not in planned:
+                check.first_difference = f"{who}: the worker ran it, the scheduler did not plan it"
+                continue
             blocks = -(-length // event.block_size)
             theirs = [block // ratio for block in row[: blocks * ratio : ratio]]
-            if theirs != mine[: len(theirs)]:
+            # Where a sliding window has passed the manager has the null block; a worker keeps what
+            # it was told, and does not read it.
+            if len(theirs) > len(mine) or any(
+                block != other != NULL_BLOCK for block, other in zip(theirs, mine, strict=False)
+            ):
                 check.first_difference = (
                     f"{who}: the worker's table is {theirs}, the manager's {mine[: len(theirs)]}"
                 )
@@ -417,6 +446,7 @@ _TAKE = {
     RequestPreempted: _Reading._preempted,
     SlotsAllocated: _Reading._allocated,
     SlotsRefused: _Reading._refused,
+    BlocksTouched: _Reading._touched,
     BlockEvicted: _Reading._evicted,
     StepScheduled: _Reading._scheduled,
     StepUpdated: _Reading._updated,

@@ -123,14 +123,19 @@ def read_trace(path: Path | str) -> Trace:
     if path.is_file():
         return Trace([TraceFile(path)])
     if not path.is_dir():
-        raise TraceError(f"there is no {path}", hint="Give a trace file or the folder of a run")
+        raise TraceError(
+            f"there is no file or folder {str(path)!r}",
+            hint="Give a trace file or the folder of a run",
+        )
     for folder in (path, path / "trace"):
         found = sorted(folder.glob(f"*{SUFFIX}"))
         if found:
             files = [TraceFile(file) for file in found]
             files.sort(key=lambda f: (f.header.get("role") == "worker", f.header.get("pid", 0)))
             return Trace(files)
-    raise TraceError(f"{path} holds no {SUFFIX} file", hint="Was tracing on? Try: vllm-trace doctor")
+    raise TraceError(
+        f"{path} holds no {SUFFIX} file", hint="Was tracing on? Try: vllm-trace doctor"
+    )
 
 
 def time_of(event: Event) -> int | None:
@@ -190,17 +195,16 @@ class _Renumber:
         return number if name is None else self.latest[name]
 
 
-_ONE = ("request",)
-_MANY = ("requests", "new", "resumed", "preempted", "finished")
+REQUEST_LISTS = ("requests", "new", "resumed", "preempted", "finished", "kept")
+"""Fields that are lists of request numbers."""
 
 
 def renumbered(event: Event, number: Any) -> Event:
     """Replace every request number in the event, in place."""
     fields = event.__struct_fields__
-    for name in _ONE:
-        if name in fields:
-            event.request = number(event.request)  # type: ignore[attr-defined]
-    for name in _MANY:
+    if "request" in fields:
+        event.request = number(event.request)  # type: ignore[attr-defined]
+    for name in REQUEST_LISTS:
         if name in fields:
             setattr(event, name, [number(request) for request in getattr(event, name)])
     if "num_running" in fields:

@@ -24,6 +24,8 @@ class _Placed:
     name: str
     before: Any
     ours: Any
+    uses: tuple[str, ...] = ()
+    """Global names that the probe's body uses, the decoders that it defers to among them."""
     off: bool = False
 
     def take_off(self) -> str:
@@ -51,9 +53,10 @@ class Installation:
         said = [placed.take_off() for placed in reversed(self.placed)]
         return [text for text in said if text]
 
-    def take_off(self, target: str) -> None:
+    def take_off(self, failing: str) -> None:
+        """Take off the row whose target or whose decoder keeps failing."""
         for placed in self.placed:
-            if placed.target == target:
+            if failing == placed.target or failing in placed.uses:
                 placed.take_off()
 
 
@@ -68,7 +71,7 @@ def install(rows: Iterable[Resolution], recorder: Recorder) -> Installation:
             continue
         try:
             done.placed.append(_place(row, recorder))
-        except (ImportError, AttributeError, TypeError, HookError) as error:
+        except Exception as error:
             if row.hook.required:
                 done.undo()
                 raise HookError(
@@ -102,7 +105,7 @@ def _place(row: Resolution, recorder: Recorder) -> _Placed:
     if isinstance(before, classmethod | staticmethod):
         ours = type(before)(ours)
     setattr(owner, name, ours)
-    return _Placed(target, owner, name, before, ours)
+    return _Placed(target, owner, name, before, ours, hook.probe.function.__code__.co_names)
 
 
 def _failing(recorder: Recorder, target: str) -> Callable[[Exception], None]:

@@ -40,6 +40,11 @@ def register() -> None:
         print(f"vllm-trace: not tracing: {error}\n  {error.hint}", file=sys.stderr, flush=True)
         if strict:
             raise
+    except Exception as error:
+        text = f"vllm-trace: not tracing: {type(error).__name__}: {error}"
+        print(f"{text}\n  Try: vllm-trace doctor", file=sys.stderr, flush=True)
+        if strict:
+            raise
 
 
 def attach(options: Options) -> Recorder:
@@ -105,9 +110,7 @@ def notes(
     }
 
 
-def _warn(
-    version: str, rows: list[Resolution], installation: Installation, made: Recorder
-) -> None:
+def _warn(version: str, rows: list[Resolution], installation: Installation, made: Recorder) -> None:
     for row in rows:
         reason = installation.skipped.get(row.hook.target)
         if reason or not row.usable:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 #: Parameters of a probe that the wrapper provides; all others are read from the hooked call.
 PROVIDED = (
     "append",
     "defer",
     "numbers",
-    "count_kept",
+    "keep",
     "recorder",
     "next_step",
     "result",
@@ -112,4 +112,8 @@ class HookTable:
     hooks: tuple[Hook, ...]
 
     def covers(self, version: str) -> bool:
-        return Version(version).base_version in SpecifierSet(self.vllm, prereleases=True)
+        """Whether a release is in the range; a build that does not say which it is, is in none."""
+        try:
+            return Version(version).base_version in SpecifierSet(self.vllm, prereleases=True)
+        except InvalidVersion:
+            return False

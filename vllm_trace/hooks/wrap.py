@@ -59,13 +59,14 @@ def make_wrapper(
         "defer": recorder.defer,
         "numbers": recorder.numbers,
         "next_step": recorder.next_step,
-        "count_kept": recorder.count_kept,
+        "keep": recorder.keep,
         "_failed": failed,
         "_flush": recorder.flush,
         "_clock": clock,
     }
     parameters, call = _spell_out(signature, namespace)
-    lines = [f"def {original.__name__}({parameters}):"]
+    own_name = original.__name__ if original.__name__.isidentifier() else "wrapper"  # a <lambda>
+    lines = [f"def {own_name}({parameters}):"]
     for name in probe.as_list:
         lines += [f"    if type({name}) is not list: {name} = list({name})"]
     if probe.before is not None:
@@ -81,7 +82,7 @@ def make_wrapper(
     if probe.flush:
         lines += ["    _flush()"]
     lines += ["    return result"]
-    wrapper = _compile(original.__name__, "\n".join(lines) + "\n", namespace)
+    wrapper = _compile(own_name, "\n".join(lines) + "\n", namespace)
     functools.update_wrapper(wrapper, original)
     return wrapper
 

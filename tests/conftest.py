@@ -1,0 +1,56 @@
+"""What has to be so before anything imports vLLM: its cache, its threads, its silence."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from vllm_trace.hooks.source import VllmSource
+from vllm_trace.options import OTHER_VARIABLES, cache_dir
+
+# A developer's own settings must not decide what the tests see.
+SOURCE_0_33 = os.environ.get("VTRACE_SOURCE_0_33", "")
+for name in [name for name in os.environ if name.startswith("VTRACE_")]:
+    if name not in OTHER_VARIABLES:
+        del os.environ[name]
+
+os.environ.setdefault("VLLM_CACHE_ROOT", str(cache_dir() / "vllm"))
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # two spinning threads on shared cores take 20 times as long
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# The same examples each time; VTRACE_HYPOTHESIS_EXAMPLES asks for more of them.
+settings.register_profile(
+    "steady",
+    max_examples=int(os.environ.get("VTRACE_HYPOTHESIS_EXAMPLES", "100")),
+    derandomize=True,
+    deadline=None,
+    database=None,
+)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def source_0_33():
+    """A vLLM 0.33: the one that is unpacked in ``VTRACE_SOURCE_0_33``, or the one that is installed."""
+    source = VllmSource.at(Path(SOURCE_0_33)) if SOURCE_0_33 else VllmSource.installed()
+    if source is None or not source.version.startswith("0.33."):
+        pytest.skip("no vLLM 0.33: VTRACE_SOURCE_0_33 may name the folder of an unpacked wheel")
+    return source
+
+
+@pytest.fixture(scope="session")
+def source_0_32():
+    """The installed vLLM 0.32."""
+    source = VllmSource.installed()
+    if source is None or not source.version.startswith("0.32."):
+        found = "no vLLM" if source is None else f"vLLM {source.version}"
+        pytest.skip(f"{found} is installed, not 0.32")
+    return source

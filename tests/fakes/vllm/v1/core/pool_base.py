@@ -1,0 +1,3 @@
+class ImportedBase:
+    def drain(self):
+        return []

@@ -1,0 +1,170 @@
+"""Random workloads through vLLM's real Scheduler, traced by the real hooks, replayed: no divergence."""
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
+from vllm_trace.replay import MODES, replay
+from vllm_trace.trace import read_trace
+
+from .conftest import NUM_EXAMPLES, hypothesis_settings
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 96
+STOP_TOKEN = 9
+GROUPS = {
+    "full": [FullAttentionSpec(BLOCK_SIZE)],
+    "window": [SlidingWindowSpec(BLOCK_SIZE, 12)],
+    "hybrid": [FullAttentionSpec(BLOCK_SIZE), SlidingWindowSpec(BLOCK_SIZE, 12)],
+}
+
+
+class Workload:
+    """Requests that come, go away and share prefixes, on a real scheduler without a model."""
+
+    def __init__(self, real, folder, groups, num_blocks, seed, enable_caching, **config):
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.outputs import ModelRunnerOutput
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        self.real, self.ModelRunnerOutput = real, ModelRunnerOutput
+        self.random = random.Random(seed)
+        self.depth = 2 if config["async_scheduling"] else 1
+        vllm_config = real.vllm_config(
+            folder,
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            max_model_len=MAX_MODEL_LEN,
+            enable_prefix_caching=enable_caching,
+            **config,
+        )
+        kind = AsyncScheduler if config["async_scheduling"] else Scheduler
+        self.scheduler = kind(
+            vllm_config,
+            real.kv_cache_config(num_blocks, groups),
+            StructuredOutputManager(vllm_config),
+            block_size=BLOCK_SIZE,
+        )
+        self.in_flight = deque()
+        self.count = 0
+
+    def arrive(self):
+        prefix = [self.random.randrange(2)] * self.random.choice([0, 8, 17, 40])
+        prompt = prefix + [self.random.randrange(3) for _ in range(self.random.randrange(1, 30))]
+        self.count += 1
+        self.scheduler.add_request(
+            self.real.request(
+                f"r{self.count:03}",
+                prompt,
+                BLOCK_SIZE,
+                max_tokens=self.random.randrange(1, 24),
+                priority=self.random.randrange(3),
+                arrival_time=float(self.count),
+                stop_token_ids=[STOP_TOKEN],
+            )
+        )
+
+    def abort(self):
+        name = self.random.choice(sorted(self.scheduler.requests))
+        self.scheduler.finish_requests(name, self.real.RequestStatus.FINISHED_ABORTED)
+
+    def plan(self):
+        output = self.scheduler.schedule()
+        if output.num_scheduled_tokens:
+            requests = self.scheduler.requests
+            sampling = [
+                name for name in output.num_scheduled_tokens if not requests[name].is_prefill_chunk
+            ]
+            self.in_flight.append((output, sampling))
+
+    def answer(self):
+        output, sampling = self.in_flight.popleft()
+        order = list(output.num_scheduled_tokens)
+        tokens = {n: [self.random.choice([0, 1, 2] * 10 + [STOP_TOKEN])] for n in sampling}
+        self.scheduler.update_from_output(
+            output,
+            self.ModelRunnerOutput(
+                req_ids=order,
+                req_id_to_index={name: i for i, name in enumerate(order)},
+                sampled_token_ids=[list(tokens.get(name, [])) for name in order],
+            ),
+        )
+
+    def run(self, num_steps):
+        for step in range(num_steps + 400):
+            while step < num_steps and self.random.random() < 0.3 and self.count < 20:
+                self.arrive()
+            if self.scheduler.requests and self.random.random() < 0.03:
+                self.abort()
+            self.plan()
+            while len(self.in_flight) >= self.depth or (self.in_flight and step >= num_steps):
+                self.answer()
+            if step >= num_steps and not self.scheduler.requests:
+                return
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GROUPS)
+def test_traces_of_random_workloads_replay(real, kind, tmp_path_factory):
+    from vllm_trace import hooks
+    from vllm_trace.options import Options
+
+    preempted = []
+
+    @hypothesis_settings(max(10, NUM_EXAMPLES // 3))
+    @given(
+        seed=st.integers(0, 2**32 - 1),
+        spare=st.integers(0, 30),
+        max_num_batched_tokens=st.sampled_from([8, 16, 33, 128]),
+        max_num_seqs=st.sampled_from([1, 3, 8]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        async_scheduling=st.booleans(),
+        enable_caching=st.booleans(),
+        threshold=st.sampled_from([0, 7]),
+    )
+    def check(
+        seed,
+        spare,
+        max_num_batched_tokens,
+        max_num_seqs,
+        policy,
+        async_scheduling,
+        enable_caching,
+        threshold,
+    ):
+        folder = tmp_path_factory.mktemp("replay")
+        hooks.attach(Options(dir=str(folder / "trace")))
+        try:
+            Workload(
+                real,
+                folder,
+                GROUPS[kind],
+                len(GROUPS[kind]) * -(-MAX_MODEL_LEN // BLOCK_SIZE) + 2 + spare,
+                seed,
+                enable_caching,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_seqs=max_num_seqs,
+                policy=policy,
+                async_scheduling=async_scheduling,
+                long_prefill_token_threshold=threshold,
+                enable_chunked_prefill=True,
+            ).run(40)
+        finally:
+            hooks.detach()
+        for mode in MODES:
+            trace = read_trace(folder / "trace")
+            result = replay(trace, mode)
+            assert result.divergence is None, (mode, result.divergence)
+            assert result.passed, (mode, result.not_judged, result.num_consumed, result.num_events)
+        preempted.append(any(e.kind == "request.preempted" for e in trace.events()))
+
+    check()
+    # A window keeps so few blocks that these pools are never too small for it.
+    assert any(preempted) or kind == "window", (
+        "no workload preempted anybody: the pools are too large to tell much"
+    )

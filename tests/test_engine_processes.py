@@ -1,0 +1,353 @@
+"""vLLM in several processes: EngineCore of its own, two workers, a server, and processes that die."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from helpers import command, ran, run_cli
+
+from vllm_trace.checkpoints import checkpoint
+from vllm_trace.events import (
+    RequestArrived,
+    RequestFinished,
+    SlotsMapped,
+    StepExecuted,
+    StepScheduled,
+    StepUpdated,
+)
+from vllm_trace.runner import quiet_environment
+from vllm_trace.state import KVState
+from vllm_trace.summary import Summary
+from vllm_trace.trace import Trace, read_trace
+from vllm_trace.tracefile import TAIL_SUFFIX
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def roles(trace: Trace) -> list[str]:
+    return sorted(file.header["role"] for file in trace.files)
+
+
+def assert_whole(trace: Trace) -> Summary:
+    """No event lost, no file cut short, and every worker received what the manager gave."""
+    summary = Summary.of(trace)
+    assert [] == trace.problems
+    assert [(0, "")] * len(trace.files) == [(f.dropped, f.truncated) for f in trace.files]
+    assert all(file.footer for file in trace.files)
+    assert [] == list(trace.files[0].path.parent.glob(f"*{TAIL_SUFFIX}"))
+    assert "" == summary.worker.first_difference
+    assert 0 == summary.worker.num_unplanned
+    return summary
+
+
+# EngineCore in its own process ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["preempt", "prefix"])
+def test_identical_with_enginecore_in_its_own_process(name, tmp_path):
+    done = run_cli(
+        "run", name, "--tokens", "--json", "-o", "made",
+        cwd=tmp_path, env=quiet_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )  # fmt: skip
+    assert (0, "") == (done.returncode, done.stderr)
+    document = json.loads(done.stdout)
+    assert [] == document["failures"]
+
+    trace = read_trace(tmp_path / "made")
+    assert ["engine", "worker"] == roles(trace)
+    summary = assert_whole(trace)
+    alone = ran(name, "full")
+    state, steps, running = KVState(), [], {}
+    executed: list[int] = []
+    answers: dict[str, list[int]] = {}
+    for event in trace.events():
+        state.apply(event)
+        if isinstance(event, StepScheduled) and event.requests:
+            called = running[event.step] = [trace.names[request] for request in event.requests]
+            tables = {trace.names[r]: [list(g) for g in t] for r, t in state.tables.items()}
+            steps.append((list(zip(called, event.num_tokens, strict=True)), tables))
+        if isinstance(event, StepExecuted) and event.num_tokens:
+            executed.append(event.step)
+        if isinstance(event, StepUpdated) and event.step in running:
+            for request, ids in zip(running[event.step], event.token_ids, strict=True):
+                answers.setdefault(request, []).extend(ids)
+    assert [(step.composition, step.tables) for step in alone.steps] == steps
+    assert alone.outcome.token_ids == {name: [tuple(ids)] for name, ids in answers.items()}
+    # The worker's steps carry the scheduler's numbers.
+    assert list(running) == executed
+    assert sum(len(step.tokens) for step in alone.steps) == summary.worker.num_rows
+
+
+def test_hello_on_two_workers(tmp_path):
+    done = run_cli(
+        "run", "hello", "-o", "made", "--engine-arg", "tensor_parallel_size=2",
+        cwd=tmp_path, env=quiet_environment(),
+    )  # fmt: skip
+    assert (0, "") == (done.returncode, done.stderr)
+    trace = read_trace(tmp_path / "made")
+    assert ["main", "worker", "worker"] == roles(trace)
+    summary = assert_whole(trace)
+    assert 2 == summary.num_workers
+    told = " ".join(done.stdout.split())
+    assert "2 workers: 40 table rows and 50 slots as the kernels received them, all equal" in told
+    assert "CPU_ATTN for 2 layers" in told  # each worker tells of the same two
+
+    received: dict[int, list[tuple[int, list[int]]]] = {}
+    ranks = set()
+    for record in trace.records():
+        event = record.event
+        if isinstance(event, SlotsMapped):
+            received.setdefault(record.process, []).append((event.step, event.slots))
+        if isinstance(event, StepExecuted):
+            ranks.add(event.rank)
+    assert {0, 1} == ranks
+    first, second = received.values()
+    assert first == second
+    # One block of 32 tokens, block 1, from its first slot on.
+    assert list(range(32, 57)) == [slot for _, slots in first for slot in slots]
+
+
+# A server ---------------------------------------------------------------------------------
+
+NUM_CLIENTS = 200
+
+
+class Server:
+    """``vllm serve`` of the tiny model under ``record``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        folder.mkdir()
+        serve = [
+            "vllm", "serve", str(checkpoint("tiny-llama")), "--served-model-name", "tiny",
+            "--port", str(self.port), "--host", "127.0.0.1", "--enforce-eager",
+            "--block-size", "32", "--num-gpu-blocks-override", "200", "--max-model-len", "1024",
+            "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
+        ]  # fmt: skip
+        environ = os.environ | quiet_environment()
+        del environ["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server needs vLLM's own way
+        with open(folder / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                command("record", "-o", folder / "made", "--", *serve),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environ,
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def stop(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=60)
+
+    async def ready(self, session) -> None:
+        import aiohttp
+
+        for _ in range(600):
+            assert self.process.poll() is None, self.log
+            try:
+                async with session.get(f"http://127.0.0.1:{self.port}/health") as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.3)
+        raise AssertionError(f"the server did not come up\n{self.log}")
+
+    async def complete(self, session, prompt: str, max_tokens: int) -> tuple[str, int, int]:
+        """(id, prompt tokens, completion tokens) of one request."""
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        url = f"http://127.0.0.1:{self.port}/v1/completions"
+        async with session.post(url, json=body | {"ignore_eos": True}) as answer:
+            assert answer.status == 200
+            told = await answer.json()
+            usage = told["usage"]
+            return told["id"], usage["prompt_tokens"], usage["completion_tokens"]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
+    """Two, started at the same time: one is stopped by Ctrl-C, one by SIGTERM under load."""
+    pytest.importorskip("aiohttp")
+    folder = tmp_path_factory.mktemp("serve")
+    started = [Server(folder / "calm"), Server(folder / "busy")]
+    yield started
+    for server in started:
+        if server.process.poll() is None:
+            os.killpg(server.process.pid, signal.SIGKILL)
+
+
+def test_a_server_with_200_clients_until_ctrl_c(servers):
+    import aiohttp
+
+    server = servers[0]
+
+    async def clients() -> list[tuple[str, int, int]]:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)
+        ) as session:
+            await server.ready(session)
+            return await asyncio.gather(
+                *(
+                    server.complete(session, f"{i}: what is " + "paging " * (i % 7), 8 + i % 20)
+                    for i in range(NUM_CLIENTS)
+                )
+            )
+
+    answers = asyncio.run(clients())
+    assert 0 == server.stop(signal.SIGINT), server.log
+    assert f"vllm-trace: {NUM_CLIENTS} requests, " in server.log
+
+    trace = read_trace(server.folder / "made")
+    assert ["engine", "worker"] == roles(trace)
+    summary = assert_whole(trace)
+    lives = {life.name: life for life in summary.requests}
+    assert NUM_CLIENTS == len(lives)
+    for request_id, num_prompt_tokens, num_output_tokens in answers:
+        (life,) = [life for name, life in lives.items() if name.startswith(request_id)]
+        assert (num_prompt_tokens, num_output_tokens, "length") == (
+            life.num_prompt_tokens,
+            life.num_output_tokens,
+            life.reason,
+        )
+        assert 0 < life.arrived_ns < life.first_scheduled_ns < life.finished_ns
+    events = list(trace.events())
+    assert NUM_CLIENTS == sum(isinstance(event, RequestArrived) for event in events)
+    assert NUM_CLIENTS == sum(isinstance(event, RequestFinished) for event in events)
+    numbered = [event.step for event in events if isinstance(event, StepScheduled)]
+    assert list(range(1, len(numbered) + 1)) == numbered
+    assert max(step.num_running for step in summary.steps) > 20  # they were there together
+    assert 0 == summary.facts()["blocks_in_use_at_end"]
+
+
+def test_a_server_that_is_terminated_under_load(servers):
+    import aiohttp
+
+    server = servers[1]
+
+    async def load() -> int:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
+            await server.ready(session)
+            begun = [
+                asyncio.create_task(server.complete(session, f"request {i}", 900))
+                for i in range(20)
+            ]
+            await server.complete(session, "short", 4)
+            code = await asyncio.to_thread(server.stop, signal.SIGTERM)
+            await asyncio.gather(*begun, return_exceptions=True)
+            return code
+
+    code = asyncio.run(load())
+    # What vLLM makes of SIGTERM: a clean end, or death by the signal. Not ours (1 and 2 would be).
+    assert code in (0, 128 + signal.SIGTERM), server.log
+    trace = read_trace(server.folder / "made")
+    summary = assert_whole(trace)
+    assert 21 == len(summary.requests)
+    assert 1 <= sum(life.reason == "length" for life in summary.requests)
+
+
+# Death ------------------------------------------------------------------------------------
+
+ENDLESS = """
+    import os
+
+    from vllm_trace import runner, scenario
+
+    llm, _ = runner.start_engine(scenario.load("preempt"))
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    print("pid", os.getpid(), flush=True)
+    number = 0
+    while True:
+        if not llm.llm_engine.has_unfinished_requests():
+            number += 1
+            llm.llm_engine.add_request(f"r-{number}", {"prompt_token_ids": [5] * 20}, params)
+        llm.llm_engine.step()
+        print("step", flush=True)
+"""
+
+
+def test_kill_9_in_mid_run_loses_at_most_the_last_step(tmp_path):
+    (tmp_path / "endless.py").write_text(textwrap.dedent(ENDLESS))
+    process = subprocess.Popen(
+        command("record", "-o", "made", "--", sys.executable, "endless.py"),
+        cwd=tmp_path,
+        env=os.environ | quiet_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    steps = 0
+    for line in process.stdout:
+        if line.startswith("pid"):
+            pid = int(line.split()[1])
+        steps += line == "step\n"
+        if steps == 60:
+            os.kill(pid, signal.SIGKILL)
+            break
+    rest = process.stdout.read()
+    said = process.stderr.read()
+    assert 128 + signal.SIGKILL == process.wait(timeout=60)
+    steps += rest.count("step\n")
+
+    trace = read_trace(tmp_path / "made")
+    updated = [event.step for event in trace.events() if isinstance(event, StepUpdated)]
+    (file,) = trace.files
+    assert "the process was killed" == file.truncated
+    assert 0 == file.dropped
+    # Every step that the script saw the end of, and at most one more, from the first on.
+    assert list(range(1, len(updated) + 1)) == updated
+    assert len(updated) in (steps, steps + 1)
+    assert "truncated (the process was killed)" in said
+    assert "truncated (the process was killed)" in run_cli("show", "made", cwd=tmp_path).stdout
+
+
+def test_record_forwards_what_it_cannot_trace(tmp_path):
+    """A command that has nothing to do with vLLM: its output and exit code are its own."""
+    script = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)"
+    done = run_cli("record", "--", sys.executable, "-c", script, cwd=tmp_path)
+    assert (7, "out\n") == (done.returncode, done.stdout)
+    assert done.stderr.startswith("err\nvllm-trace: no vLLM process of that command wrote a trace")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_record_hands_signals_to_its_command(tmp_path, number):
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal({int(number)}, lambda *_: sys.exit(3))\n"
+        "print('up', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        command("record", "-o", "made", "--", sys.executable, "-c", script),
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert "up\n" == process.stdout.readline()
+    began = time.monotonic()
+    process.send_signal(number)
+    assert 3 == process.wait(timeout=30)
+    assert time.monotonic() - began < 30  # it did not sleep to the end

@@ -1,0 +1,152 @@
+"""Replay of the golden traces, where no vLLM is needed, and of traces that were tampered with."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from vllm_trace import events as ev
+from vllm_trace.replay import MODES, replay
+from vllm_trace.trace import Trace, read_trace
+from vllm_trace.tracefile import TraceFile
+
+GOLD = sorted((Path(__file__).parent / "gold").glob("*.vtrace"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("path", GOLD, ids=lambda path: path.stem)
+def test_every_scenario_replays_without_a_divergence(path, mode):
+    result = replay(read_trace(path), mode)
+    assert result.divergence is None
+    assert result.not_judged == []
+    assert result.num_consumed == result.num_events > 0
+    assert result.num_compared > 0
+    assert result.passed
+
+
+def test_there_is_a_golden_trace_of_every_scenario():
+    from vllm_trace import scenario
+
+    assert sorted(scenario.names()) == [path.stem for path in GOLD]
+
+
+class Tampered(Trace):
+    """A golden trace with its events changed by a function on the way."""
+
+    def __init__(self, name, change):
+        super().__init__([TraceFile(Path(__file__).parent / "gold" / f"{name}.vtrace")])
+        self.change = change()
+
+    def records(self):
+        for record in super().records():
+            for event in self.change(record.event):
+                yield record._replace(event=event)
+
+
+def once(kind, change, when=lambda event: True):
+    """A maker of functions that change the first event of a kind for which ``when`` holds."""
+
+    def make():
+        done = []
+
+        def apply(event):
+            if not done and type(event) is kind and when(event):
+                done.append(True)
+                return change(event)
+            return [event]
+
+        return apply
+
+    return make
+
+
+def altered(event, **fields):
+    return [msgspec.structs.replace(event, **fields)]
+
+
+TAMPERINGS = {
+    "order": (
+        "preempt",
+        once(
+            ev.BlocksTaken, lambda e: altered(e, blocks=e.blocks[::-1]), lambda e: len(e.blocks) > 1
+        ),
+    ),
+    "eviction": ("evict", once(ev.BlockEvicted, lambda e: altered(e, block=e.block + 1))),
+    "hash": (
+        "prefix",
+        once(
+            ev.PrefixLookedUp,
+            lambda e: altered(e, num_hit_tokens=e.num_hit_tokens - 32, blocks=[e.blocks[0][:-1]]),
+            lambda e: e.num_hit_tokens > 0,
+        ),
+    ),
+    "off by one": (
+        "batch",
+        once(ev.SlotsAllocated, lambda e: altered(e, num_free_blocks=e.num_free_blocks - 1)),
+    ),
+    "lost event": ("batch", once(ev.BlocksTaken, lambda e: [])),
+    "schedule": (
+        "chunked",
+        once(
+            ev.StepScheduled,
+            lambda e: altered(e, num_tokens=[n + 3 for n in e.num_tokens]),
+            lambda e: len(e.requests) > 1,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("wanted", TAMPERINGS)
+def test_the_first_divergence_is_found_and_classified(wanted):
+    name, change = TAMPERINGS[wanted]
+    result = replay(Tampered(name, change), "engine")
+    assert not result.passed
+    assert result.divergence is not None
+    found = result.divergence
+    assert found.kind in (wanted, "order" if wanted == "off by one" else wanted)
+    assert found.recorded != found.mini
+    assert found.story and found.free_list
+    compile(found.script, "script", "exec")
+
+
+def test_the_script_of_a_divergence_runs_and_shows_both_sides(capsys):
+    name, change = TAMPERINGS["order"]
+    found = replay(Tampered(name, change), "manager").divergence
+    exec(compile(found.script, "script", "exec"), {})
+    shown = capsys.readouterr().out
+    assert "recorded:" in shown and "mini:" in shown and "next out:" in shown
+
+
+def swap_slots(event):
+    return altered(event, slots=[event.slots[0] + 1, *event.slots[1:]])
+
+
+def test_a_wrong_slot_in_a_worker_is_a_divergence_of_the_manager_replay():
+    result = replay(Tampered("batch", once(ev.SlotsMapped, swap_slots)), "manager")
+    assert result.divergence is not None
+    assert result.divergence.recorded.startswith("slots")
+
+
+def test_a_light_trace_is_not_judged():
+    trace = read_trace(GOLD[0])
+    trace.files[0].header["level"] = "light"
+    result = replay(trace, "manager")
+    assert not result.passed and result.divergence is None
+    assert "level light" in result.not_judged[0]
+
+
+def test_an_unknown_release_is_not_judged_and_names_the_known_ones():
+    trace = read_trace(GOLD[0])
+    trace.files[0].header["vllm"] = "0.99.0"
+    result = replay(trace, "engine")
+    assert not result.passed and result.divergence is None
+    assert "0.99.0" in result.not_judged[0] and "0.32.0" in result.not_judged[0]
+
+
+def test_a_truncated_trace_is_not_a_pass(tmp_path):
+    whole = (Path(__file__).parent / "gold" / "mixed.vtrace").read_bytes()
+    path = tmp_path / "cut.vtrace"
+    path.write_bytes(whole[:-40])
+    result = replay(read_trace(path), "manager")
+    assert result.divergence is None and not result.passed
+    assert "truncated" in " ".join(result.not_judged)

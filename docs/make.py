@@ -44,7 +44,7 @@ def fill(text: str) -> str:
     for name, make in MADE.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
-        text = pattern.sub(lambda _, made=f"{begin}\n{make()}\n{end}": made, text)
+        text = pattern.sub(f"{begin}\n{make()}\n{end}".replace("\\", r"\\"), text)
     return text
 
 

@@ -8,7 +8,6 @@ What vLLM changes before then (a reference count, a hash, a queue's length) is r
 from __future__ import annotations
 
 import os
-from itertools import compress
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -347,9 +346,12 @@ def reset_prefix_cache(append, result):
 
 # The step -------------------------------------------------------------------------------
 
-# Given rather than left out where it is empty: msgspec makes a new dict or list for each default that
-# is one. The Nones below stand for "as in the last step".
-NO_SPEC_TOKENS: dict[int, int] = {}
+# A step is *steady* when every running request decodes one token and nobody came or went. Two
+# steady steps in a row are the same requests in the same order, which needs no comparing of names.
+
+# The rest of such a step. Given rather than left out: msgspec makes a new list for each default that
+# is one.
+AS_IN_LAST_STEP: tuple[Any, ...] = (None, None, (), (), (), (), {}, ())
 
 
 @probe()
@@ -357,36 +359,24 @@ def schedule(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting, kept = len(self.running), len(self.waiting), len(recorder.kept)
-    # Requests that were not new, resumed, preempted or finished keep their order in the queue of
-    # running ones, so two such steps that are equal as dicts have the same order.
-    if (
-        result.num_scheduled_tokens == recorder.last_scheduled
+    scheduled = len(result.num_scheduled_tokens)
+    steady = (
+        scheduled
+        if scheduled == running == result.total_num_scheduled_tokens
+        and not result.scheduled_new_reqs
         and not result.finished_req_ids
         and not result.preempted_req_ids
-        and not result.scheduled_new_reqs
         and not result.scheduled_cached_reqs.resumed_req_ids
-    ):
+        else -1
+    )
+    if steady == recorder.steady and steady > 0:
         append(
             StepScheduled(
-                step,
-                started,
-                ended - started,
-                running,
-                waiting,
-                free,
-                kept,
-                None,
-                None,
-                (),
-                (),
-                (),
-                (),
-                (),
-                NO_SPEC_TOKENS,
+                step, started, ended - started, running, waiting, free, kept, *AS_IN_LAST_STEP
             )
         )
     else:
-        recorder.last_scheduled = {**result.num_scheduled_tokens}
+        recorder.steady = steady
         append(
             StepScheduled(
                 step,
@@ -397,8 +387,7 @@ def schedule(append, recorder, next_step, result, started, ended, self):
                 free,
                 kept,
                 *composition_of_step(recorder, result),
-                (),
-                NO_SPEC_TOKENS,
+                {},
                 kept_in_step(recorder, result),
             )
         )
@@ -406,41 +395,26 @@ def schedule(append, recorder, next_step, result, started, ended, self):
 
 
 @probe()
-def schedule_light(append, numbers, recorder, next_step, result, started, ended, self):
+def schedule_light(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting = len(self.running), len(self.waiting)
-    if (
-        result.num_scheduled_tokens == recorder.last_scheduled
+    scheduled = len(result.num_scheduled_tokens)
+    steady = (
+        scheduled
+        if scheduled == running == result.total_num_scheduled_tokens
+        and not result.scheduled_new_reqs
         and not result.finished_req_ids
         and not result.preempted_req_ids
-        and not result.scheduled_new_reqs
         and not result.scheduled_cached_reqs.resumed_req_ids
-    ):
-        cached = result.scheduled_cached_reqs
-        blocks = cached.new_block_ids
-        grown = map(numbers.__getitem__, compress(cached.req_ids, blocks))
-        append(
-            StepScheduled(
-                step,
-                started,
-                ended - started,
-                running,
-                waiting,
-                free,
-                0,
-                None,
-                None,
-                (),
-                (),
-                (),
-                (),
-                [*zip(grown, filter(None, blocks))],
-                NO_SPEC_TOKENS,
-            )
-        )
+        else -1
+    )
+    if recorder.planned is not None:
+        recorder.spell_out_planned()
+    if steady == recorder.steady and steady > 0 and not recorder.pending:
+        recorder.planned = (step, started, ended - started, running, waiting, free)
     else:
-        recorder.last_scheduled = {**result.num_scheduled_tokens}
+        recorder.steady = steady
         append(
             StepScheduled(
                 step,
@@ -451,7 +425,6 @@ def schedule_light(append, numbers, recorder, next_step, result, started, ended,
                 free,
                 0,
                 *composition_of_step(recorder, result),
-                blocks_of_step(recorder, result),
             )
         )
 
@@ -479,16 +452,6 @@ def kept_in_step(rec: Recorder, out: Any) -> Any:
     return rec.numbers_of(request.request_id for request in rec.kept)
 
 
-def blocks_of_step(rec: Recorder, out: Any) -> Any:
-    """(request, block ids per group) as the workers are told: whole tables, or what was added."""
-    cached = out.scheduled_cached_reqs
-    told = [(rec.numbers[data.req_id], data.block_ids) for data in out.scheduled_new_reqs]
-    for index, blocks in enumerate(cached.new_block_ids):
-        if blocks is not None:
-            told.append((rec.numbers[cached.req_ids[index]], blocks))
-    return told
-
-
 @probe(flush=True)
 def update_from_output(append, recorder, started, ended, scheduler_output, model_runner_output):
     append(
@@ -501,21 +464,33 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
     )
 
 
-@probe(flush=True)
-def update_from_output_light(append, started, ended, scheduler_output):
-    append(StepUpdated(getattr(scheduler_output, "vtrace_step", 0), started, ended - started))
+@probe()
+def update_from_output_light(append, recorder, started, ended, scheduler_output):
+    step = getattr(scheduler_output, "vtrace_step", 0)
+    if recorder.planned is not None and recorder.planned[0] == step and not recorder.pending:
+        recorder.write_steady_step(started, ended - started)
+    else:
+        if recorder.planned is not None:
+            recorder.spell_out_planned()
+        append(StepUpdated(step, started, ended - started))
+        recorder.flush()
 
 
 def outcome_of_step(rec: Recorder, out: Any, made: Any) -> tuple[Any, Any]:
     """Tokens that each request of the step got: their numbers, and with ``--tokens`` their ids.
 
-    vLLM cuts a request's list in place where it stopped, so these are the tokens that count.
+    The numbers are None when each got one. vLLM cuts a request's list in place where it stopped,
+    so these are the tokens that count.
     """
     sampled = made.sampled_token_ids
     if not len(sampled):
         return [0] * len(out.num_scheduled_tokens), None
-    if made.req_ids != list(out.num_scheduled_tokens):
+    counts = [*map(len, sampled)]
+    if counts.count(1) == len(out.num_scheduled_tokens) and not rec.options.tokens:
+        return None, None
+    if made.req_ids != [*out.num_scheduled_tokens]:
         index = made.req_id_to_index
         sampled = [sampled[index[r]] if r in index else () for r in out.num_scheduled_tokens]
+        counts = [*map(len, sampled)]
     tokens = [[int(t) for t in row] for row in sampled] if rec.options.tokens else None
-    return list(map(len, sampled)), tokens
+    return counts, tokens

@@ -19,6 +19,7 @@ os.environ.setdefault("VLLM_CACHE_ROOT", str(cache_dir() / "vllm"))
 os.environ |= {
     "OMP_NUM_THREADS": "1",  # two spinning threads on shared cores take 20 times as long
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",

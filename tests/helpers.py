@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_trace import hooks, runner, scenario
@@ -138,6 +138,9 @@ def tracing(folder: Path | str, level: str = "full", *, tokens: bool = False) ->
                 del os.environ[name]
 
 
+_folders: list[TemporaryDirectory[str]] = []
+"""Of the traces that ``ran`` keeps; they go away with this process."""
+
 MODES = ("off", "light", "full", "undone")
 
 
@@ -151,7 +154,8 @@ def ran(name: str, mode: str) -> Ran:
         llm, _ = runner.start_engine(chosen)
         _work(llm, chosen, made)
         return made
-    made.folder = Path(mkdtemp(prefix=f"vllm-trace-{name}-"))
+    _folders.append(TemporaryDirectory(prefix=f"vllm-trace-{name}-"))
+    made.folder = Path(_folders[-1].name)
     with tracing(made.folder, "full" if mode == "undone" else mode, tokens=True):
         llm, _ = runner.start_engine(chosen)
         if mode == "undone":

@@ -24,7 +24,7 @@ FIELDS = {
     14: "blocks.freed: blocks ref_cnts",
     15: "prefix.reset: ok",
     16: "step.scheduled: step started_ns dur_ns num_running num_waiting num_free_blocks num_kept "
-    "requests num_tokens new resumed preempted finished blocks num_spec_tokens kept",
+    "requests num_tokens new resumed preempted finished num_spec_tokens kept",
     17: "step.updated: step started_ns dur_ns num_output_tokens token_ids",
     18: "step.executed: step started_ns dur_ns forward_ns forward_dur_ns rank num_tokens num_tokens_padded mode",
     19: "table.changed: step group request first blocks",

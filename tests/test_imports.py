@@ -52,6 +52,7 @@ LATE = {
     "hooks": ["patches"],
     "doctor": ["patches"],
     "tables": ["patches"],
+    "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }

@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from helpers import MODES, Ran, ran, tracing
 
-from vllm_trace import cli, hooks, scenario
+from vllm_trace import cli, hooks, render, scenario, show
 from vllm_trace.events import (
     RequestFinished,
     SlotsMapped,
@@ -148,18 +148,47 @@ def _targets() -> dict[str, object]:
     return found
 
 
-def test_light_holds_the_schedule_and_the_tables():
-    """Level light has no hits, refusals or slots, but who ran in which blocks."""
-    done = ran("preempt", "light")
-    trace, state, seen = trace_of(done), KVState(), []
+@pytest.mark.parametrize("name", COMPARED)
+def test_light_holds_the_schedule(name):
+    """Level light has no tables, hits or slots, but who ran with how many tokens in every step."""
+    done = ran(name, "light")
+    trace, seen = trace_of(done), []
     for event in trace.events():
-        state.apply(event)
         if isinstance(event, StepScheduled) and event.requests:
             called = [trace.names[request] for request in event.requests]
-            seen.append((list(zip(called, event.num_tokens, strict=True)), tables_of(trace, state)))
-    assert [(step.composition, step.tables) for step in done.steps] == seen
-    assert 1 == Summary.of(trace).num_preemptions
+            seen.append(list(zip(called, event.num_tokens, strict=True)))
+    assert [step.composition for step in done.steps] == seen
+    light, full = Summary.of(trace), Summary.of(trace_of(ran(name, "full")))
+    assert full.num_preemptions == light.num_preemptions
+    for fact in ("name", "reason", "num_output_tokens", "num_steps", "num_preemptions"):
+        assert [getattr(life, fact) for life in full.requests] == [
+            getattr(life, fact) for life in light.requests
+        ]
+    assert [] == trace.problems
     assert "light" == trace.level
+
+
+def test_the_map_of_the_pool_is_the_tables():
+    done = ran("preempt", "full")
+    columns = show.data(trace_of(done), "blocks", show.Filter())["columns"]
+    numbers = {"r-0": 0, "r-1": 1, "r-2": 2}
+    expected = []
+    for step in done.steps:
+        owners = dict.fromkeys(range(9), "nobody")
+        for name, (table,) in step.tables.items():
+            owners |= dict.fromkeys(table, numbers[name])
+        expected.append(list(owners.values()))
+    told = [[o if o >= 0 else "nobody" for o in column["owners"]] for column in columns]
+    assert expected == told
+    lines = render.plain(show.view(trace_of(done), "blocks", show.Filter(), 24)).splitlines()
+    rows = {line.split()[0]: line[10:] for line in lines[2:10]}
+    assert [*"12345678"] == list(rows)
+    for number, row in rows.items():
+        # Every second step has a column.
+        owners = [column["owners"][int(number)] for column in columns[::2]]
+        assert "".join({-2: " ", -1: "·"}.get(o) or "abc"[o] for o in owners).rstrip() == row
+    # What was taken from r-2 goes to the others, and comes back to it.
+    assert rows["7"].startswith("   aaa") and rows["7"].endswith("ccc")
 
 
 def test_with_tokens_the_trace_holds_prompts_and_answers():

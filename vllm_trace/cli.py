@@ -146,7 +146,9 @@ def _parser() -> _Parser:
         "check", _check, "Judge traces by all invariants: the first event that breaks each",
         "check reports/preempt/latest",
     )  # fmt: skip
-    check.add_argument("traces", type=Path, nargs="*", metavar="TRACE", help="folders of runs, or files")
+    check.add_argument(
+        "traces", type=Path, nargs="*", metavar="TRACE", help="folders of runs, or files"
+    )
     check.add_argument("--only", default="", metavar="ID,ID", help="only these invariants")
     check.add_argument("--list", action="store_true", help="list the invariants, judge nothing")
     check.add_argument(
@@ -435,7 +437,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from vllm_trace.diff import diff
-    from vllm_trace.diff_words import render
+    from vllm_trace.diff.words import render
     from vllm_trace.trace import read_trace
 
     found = diff(read_trace(arguments.a), read_trace(arguments.b))

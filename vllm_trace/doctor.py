@@ -16,8 +16,8 @@ from vllm_trace.hooks.source import VllmSource
 from vllm_trace.hooks.table import HookTable
 
 PARTS = {
-    "torch": "the engine, and mini's own",
-    "triton": "Triton kernels and their interpreter",
+    "torch": "engine, and none of our own (mini)",
+    "triton": "Triton kernels, nor their interpreter",
     "pyarrow": "export to Parquet",
     "duckdb": "SQL over a trace",
     "pytest": "invariants as tests",

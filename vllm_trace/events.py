@@ -221,9 +221,6 @@ class StepScheduled(Event, tag=16):
     preempted: list[int] = []
     finished: list[int] = []
     """Finished since the last step, told to the workers now."""
-    blocks: list[tuple[int, BlockIds]] = []
-    """Level ``light`` only: (request, blocks) as the workers are told: the whole table of a new
-    or resumed request, what was added for others."""
     num_spec_tokens: dict[int, int] = {}
     kept: list[int] = []
     """Whose calls those of ``num_kept`` were, spelled out in a step that preempted somebody;
@@ -238,7 +235,8 @@ class StepUpdated(Event, tag=17):
     started_ns: int
     dur_ns: int
     num_output_tokens: list[int] | None = None
-    """Sampled per request, in the order of ``step.scheduled``. None at level ``light``."""
+    """Sampled per request, in the order of ``step.scheduled``. On disk None stands for one each;
+    at level ``light`` it stays None."""
     token_ids: list[list[int]] | None = None
     """Only with ``--tokens``."""
 

@@ -70,8 +70,8 @@ def find_program(name: str) -> str:
 
     Raises: ``UsageError`` when there is neither.
     """
-    beside = Path(sys.executable).with_name(name)
-    found = shutil.which(name) or (str(beside) if os.access(beside, os.X_OK) else "")
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name) or shutil.which(name, path=beside)
     if not found:
         raise UsageError(f"there is no command {name!r}", hint="Is its environment active?")
     return found

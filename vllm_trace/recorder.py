@@ -22,7 +22,14 @@ from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
-from vllm_trace.events import SCHEMA_VERSION, Event, ProbeFailed, RequestSeen
+from vllm_trace.events import (
+    SCHEMA_VERSION,
+    Event,
+    ProbeFailed,
+    RequestSeen,
+    StepScheduled,
+    StepUpdated,
+)
 from vllm_trace.options import Options
 from vllm_trace.tracefile import SUFFIX, TraceWriter
 
@@ -65,8 +72,10 @@ class Recorder:
         self.kept: list[Any] = []
         """Requests for which ``allocate_slots`` needed no new block, since the last step."""
         self.keep: Callable[[Any], None] = self.kept.append
-        self.last_scheduled: dict[str, int] | None = None
-        """Composition of the last step that was scheduled; a step like it is not spelled out."""
+        self.steady = -1
+        """How many requests decode in the steady steps that are going on; -1 when none are."""
+        self.planned: tuple[int, ...] | None = None
+        """Level light: fields of the ``step.scheduled`` of a steady step that is on its way."""
         self.rank = 0
         self.notes: dict[str, Any] = {}
         """More for the header, set before the first event: versions, hooks and their state."""
@@ -101,7 +110,7 @@ class Recorder:
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
-        self.last_scheduled = None
+        self.steady, self.planned = -1, None
         self.state.clear()
         self.counts.clear()
 
@@ -115,7 +124,7 @@ class Recorder:
     def arrive(self, request_id: str) -> int:
         """Number a request that arrives now."""
         self._finished.pop(request_id, None)
-        self.last_scheduled = None
+        self.steady = -1
         return self.numbers.new(request_id)
 
     def retire(self, request_id: str) -> int:
@@ -141,9 +150,28 @@ class Recorder:
         """From a decoder: add an event before the one that the decoder returns."""
         self.append(event)
 
+    def write_steady_step(self, started_ns: int, dur_ns: int) -> None:
+        """Level light: the planned step is done and nothing else happened. Never raises."""
+        planned, self.planned = self.planned, None
+        assert planned is not None
+        if not self._plain or not self.writer.write_steady_step(*planned, started_ns, dur_ns):  # type: ignore[union-attr]
+            step, at, dur, running, waiting, free = planned
+            self.append(StepScheduled(step, at, dur, running, waiting, free, 0))
+            self.append(StepUpdated(step, started_ns, dur_ns))
+            self.flush()
+
+    def spell_out_planned(self) -> None:
+        """Something came between the two halves of a steady step: it becomes an ordinary event."""
+        assert self.planned is not None
+        step, at, dur, running, waiting, free = self.planned
+        self.planned = None
+        self.pending.insert(0, StepScheduled(step, at, dur, running, waiting, free, 0))
+
     def flush(self) -> None:
         """Write what is pending as one batch; it is safe when this returns. Never raises."""
         pending = self.pending
+        if self.planned is not None:
+            self.spell_out_planned()
         if not pending or self._flushing:
             return
         failed = None
@@ -231,6 +259,8 @@ class Recorder:
         """Flush, write the footer, and take no more events."""
         if self._closed:
             return
+        if self.planned is not None:
+            self.spell_out_planned()
         self.flush()
         self._closed = True
         self._plain = False

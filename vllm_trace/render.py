@@ -289,7 +289,7 @@ def findings(summary: Summary) -> list[str]:
             f" {facts['shared_blocks'] or 'no'} blocks stood in several tables at once"
         )
     elif summary.header.get("level") == "light":
-        said.append("prefix cache: hits and evictions are not recorded at level light")
+        said.append("block tables, prefix hits and evictions are not recorded at level light")
     elif summary.engine.get("enable_prefix_caching") and summary.requests:
         said.append("prefix cache: no request hit")
     if facts["evictions"]:
@@ -314,7 +314,7 @@ def findings(summary: Summary) -> list[str]:
             f"{summary.worker.num_unplanned} table rows of workers were not compared: the"
             " scheduler's side of their steps is not in this trace"
         )
-    if summary.engine:
+    if summary.engine and summary.header.get("level") != "light":
         held = facts["blocks_in_use_at_end"]
         said.append(f"at the end {held or 'no'} blocks were held")
     return said

@@ -246,7 +246,14 @@ def column_of(state: KVState, step: int, named: Container[int] = ()) -> Column:
 
 
 def pool_columns(trace: Trace, wanted: Filter) -> Iterator[Column]:
-    """The pool after each step's schedule."""
+    """The pool after each step's schedule.
+
+    Raises: ``UsageError`` when the trace does not tell whose the blocks are.
+    """
+    if trace.level == "light":
+        raise UsageError(
+            "a trace of level light holds no block tables", hint="Record with --level full"
+        )
     state = KVState()
     named = _numbers_wanted(trace, wanted)
     for record in trace.records():
@@ -263,30 +270,38 @@ def pool_map(trace: Trace, wanted: Filter, width: int = 64) -> RenderableType:
     named = numbers_called(trace.names, wanted.request) if wanted.request else set()
     stride = max(1, -(-len(columns) // width))
     shown = columns[::stride]
-    size = max(len(column.owners) for column in shown)
-    rows_per_line = max(1, -(-(size - 1) // 48))
+    size = max(len(column.owners) for column in columns)
+    used = max((b for c in columns for b, owner in enumerate(c.owners) if owner != FREE), default=0)
+    rows_per_line = max(1, -(-used // 48))
     lines = [
         Text(f"steps {shown[0].step} to {columns[-1].step}, a column is {_many(stride, 'step')}"),
         Text(
-            "letter: a request holds it  "
-            + ("-: another does" if named else "#: several do")
-            + "  ·: free, in the prefix cache  blank: free",
+            "letter: held by a request  "
+            + ("-: by another" if named else "#: by several")
+            + "  ·: free, but cached  blank: free",
             style="dim",
         ),
     ]
     if rows_per_line > 1:
         text = f"a line is {rows_per_line} blocks and shows what most of them are"
         lines.append(Text(text, style="dim"))
-    for first in range(1, size, rows_per_line):
-        last = min(size - 1, first + rows_per_line - 1)
-        label = f"{first}" if first == last else f"{first}–{last}"
-        line = Text(f"{label:>9} ")
+    for first in range(1, used + 1, rows_per_line):
+        last = min(used, first + rows_per_line - 1)
+        line = Text(f"{_span(first, last):>9} ")
         for column in shown:
             line.append(*_cell(column, first, last, named))
         lines.append(line)
+    if used < size - 1:
+        lines.append(
+            Text(f"{_span(used + 1, size - 1):>9} free in all of these steps", style="dim")
+        )
     owners = sorted({o for column in shown for o in column.owners if o >= 0})
     owners = [owner for owner in owners if not named or owner in named]
     return Group(*lines, Text(), _legend(trace.names, owners))
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}" if first == last else f"{first}–{last}"
 
 
 def _many(number: int, what: str) -> str:
@@ -359,9 +374,12 @@ def _now(path: Path) -> RenderableType:
     running = [life for life in summary.requests if not life.reason and life.num_steps]
     total = max(1, summary.engine.get("num_blocks", 1) - 1)
     free = recent[-1].num_free_blocks if recent else total
-    bar = "█" * round(40 * (total - free) / total)
+    bar = "█" * round(24 * (total - free) / total)
     return Group(
-        Text(f"step {recent[-1].step if recent else 0}  {rate}  blocks [{bar:<40}] {free} free"),
+        Text(
+            f"step {recent[-1].step if recent else 0}  {rate}  "
+            f"blocks [{bar:<24}] {free} of {total} free"
+        ),
         render.steps(recent),
         render.requests(running[-10:]),
     )

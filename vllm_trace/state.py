@@ -127,13 +127,6 @@ class KVState:
             self.hashes.clear()
 
     def _step_scheduled(self, event: StepScheduled) -> None:
-        fresh = {*event.new, *event.resumed}
-        for request, ids in event.blocks:
-            if request in fresh or request not in self.tables:
-                self.tables[request] = [list(group) for group in ids]
-            else:
-                for group, more in zip(self.tables[request], ids, strict=True):
-                    group.extend(more)
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             self.computed[request] = self.computed.get(request, 0) + count
         self.num_free_blocks = event.num_free_blocks

@@ -209,7 +209,6 @@ def renumbered(event: Event, number: Any) -> Event:
         if name in fields:
             setattr(event, name, [number(request) for request in getattr(event, name)])
     if "num_running" in fields:
-        event.blocks = [(number(r), ids) for r, ids in event.blocks]  # type: ignore[attr-defined]
         event.num_spec_tokens = {  # type: ignore[attr-defined]
             number(r): n
             for r, n in event.num_spec_tokens.items()  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ import msgspec
 import zstandard
 
 from vllm_trace.errors import TraceError
-from vllm_trace.events import SCHEMA_VERSION, AnyEvent, Event, StepScheduled
+from vllm_trace.events import SCHEMA_VERSION, AnyEvent, Event, StepScheduled, StepUpdated
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
@@ -52,6 +52,15 @@ TAIL_SIZE = 512 * 1024
 
 MAX_RAW = 64 * 1024 * 1024
 """A frame that claims more than this is damage, not data: it bounds a reader's memory."""
+
+# A steady step as MessagePack with numbers of fixed width (0xce: u32, 0xcf: u64): a list of two,
+# StepScheduled with its first seven fields (no call kept a block's place: 0) and StepUpdated with
+# its first three.
+_STEADY = struct.Struct(">3sBIBQBQBIBIBI3sBIBQBQ")
+_put_steady = _STEADY.pack_into
+_U32, _U64 = 0xCE, 0xCF
+_STEADY_HEAD = bytes([0x92, 0x98, StepScheduled.__struct_config__.tag])
+_STEADY_MIDDLE = bytes([0x00, 0x94, StepUpdated.__struct_config__.tag])
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
@@ -121,6 +130,29 @@ class TraceWriter:
         _put_size(tail, begin, len(data))
         self._used = end
         self.num_events += len(events)
+
+    def write_steady_step(self, *values: int) -> bool:
+        """Add a batch of a ``step.scheduled`` like the last one and its ``step.updated``.
+
+        ``values``: step, started, duration, running, waiting, free, started and duration of the
+        update. The same bytes as ``write`` would store but for the width of the numbers, made in
+        one call. False when they do not fit; the caller takes the long way then.
+        """
+        begin = self._used
+        end = begin + 4 + _STEADY.size
+        if end > self._tail_end:
+            return False
+        step, started, dur, running, waiting, free, updated, took = values
+        _put_steady(
+            self._tail, begin + 4,
+            _STEADY_HEAD, _U32, step, _U64, started, _U64, dur,
+            _U32, running, _U32, waiting, _U32, free,
+            _STEADY_MIDDLE, _U32, step, _U64, updated, _U64, took,
+        )  # fmt: skip
+        _put_size(self._tail, begin, _STEADY.size)
+        self._used = end
+        self.num_events += 2
+        return True
 
     def _write_around_tail(self, events: list[Event], data: bytes) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
@@ -301,6 +333,9 @@ class TraceFile:
         self.footer, self.dropped, self.truncated = {}, 0, ""
         self._requests: list[int] = []
         self._num_tokens: list[int] = []
+        self._sizes: dict[int, int] = {}
+        """Requests in each step whose results are not in yet."""
+        self._full = self.header.get("level") != "light"
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
@@ -359,6 +394,11 @@ class TraceFile:
                 if event.num_tokens is None:
                     event.num_tokens = self._num_tokens
                 self._requests, self._num_tokens = event.requests, event.num_tokens
+                self._sizes[event.step] = len(event.requests)
+            elif type(event) is StepUpdated:
+                size = self._sizes.pop(event.step, None)
+                if event.num_output_tokens is None and size is not None and self._full:
+                    event.num_output_tokens = [1] * size
         return batch
 
     def _read_tail(self) -> Iterator[list[Event]]:

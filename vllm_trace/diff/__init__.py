@@ -206,7 +206,7 @@ class _Comparison:
         hashes, more_free = True, 0
         if light:
             self.made.notes.append(
-                "compared at level light (arrivals, steps, tables, preemptions, ends): "
+                "compared at level light (arrivals, steps, preemptions, ends): "
                 "lookups, evictions and frees are not in both"
             )
         if config_a and config_b:

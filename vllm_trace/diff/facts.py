@@ -344,31 +344,18 @@ def _fact(
 
 
 class _Light:
-    """Tells a trace as level ``light`` would: whole steps with the blocks that they gave."""
+    """Tells a trace as level ``light`` would: who ran, when, and how full the pool was."""
 
     def __init__(self, number: Number) -> None:
         self.number = number
-        self.given: dict[int, list[list[int]]] = {}
 
     def fact(self, record: Record) -> Fact | None:
         event: Any = record.event
         kind = type(event)
-        if kind is SlotsAllocated:
-            rows = self.given.setdefault(event.request, [[] for _ in event.blocks])
-            for row, hits in zip(rows, event.hit_blocks or [[] for _ in rows]):
-                row += hits
-            for row, new in zip(rows, event.blocks):
-                row += new
-        elif kind is RequestPreempted:
-            self.given.pop(event.request, None)
         if kind not in LIGHT:
             return None
-        if kind is not StepScheduled:
+        if kind is StepScheduled:
+            plain = _step(event, self.number)
+        else:
             plain, _, _ = _MAKE[kind](event, self.number)
-            return Fact(record.number, event.kind, plain, (), (), event)
-        given = self.given or dict(event.blocks)
-        told = sorted((str(self.number(r)), _tuples(ids)) for r, ids in given.items() if any(ids))
-        self.given = {}
-        plain = (*_step(event, self.number), tuple(request for request, _ in told))
-        blocks = tuple(row for _, rows in told for row in rows)
-        return Fact(record.number, event.kind, plain, blocks, (), event)
+        return Fact(record.number, event.kind, plain, (), (), event)

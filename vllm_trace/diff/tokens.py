@@ -321,7 +321,7 @@ def not_checked(trace: Trace, seen: Seen, which: str) -> list[str]:
     """What the verdict on tables could not look at in one trace."""
     said = [f"{which}: {problem}" for problem in trace.problems]
     if trace.level == "light":
-        said.append(f"{which}: level light has no lookups and no writes, only tables of steps")
+        said.append(f"{which}: level light has no lookups, tables or writes")
     if not seen.num_tables:
         said.append(f"{which}: no worker's tables and slots are recorded")
     if seen.config is None:

@@ -180,8 +180,8 @@ def _unknown(trace: Trace, survey: _Survey, life: Life, others: list[int]) -> li
     said = list(trace.problems)
     if trace.level == "light":
         said.append(
-            "level light: prefix lookups, refusals, evictions and frees are not recorded; "
-            "why it waited, what it hit and for whom it was preempted cannot be told"
+            "level light: prefix lookups, refusals and blocks are not recorded; "
+            "why it waited, what it hit and held, and for whom it was preempted cannot be told"
         )
     if not survey.configured:
         said.append(

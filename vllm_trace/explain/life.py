@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_trace.explain import say
 from vllm_trace.events import (
     BlockEvicted,
     BlocksCached,
@@ -27,6 +26,7 @@ from vllm_trace.events import (
     SlotsRefused,
     StepScheduled,
 )
+from vllm_trace.explain import say
 from vllm_trace.explain.cache import HashBook
 from vllm_trace.explain.queue import Reason, Refusal, is_spent, reason_of, refusal_of
 from vllm_trace.explain.words import flat
@@ -273,8 +273,6 @@ class Life:
     def _scheduled(self, number: int, event: StepScheduled) -> None:
         if self.loss is not None and not self.loss.step:
             self.loss.step = event.step
-        if event.blocks:
-            self._told_light(number, event)
         counts = dict(zip(event.requests or (), event.num_tokens or ()))
         if self.me in counts:
             self._in_step(number, event, counts[self.me])
@@ -287,14 +285,6 @@ class Life:
         self.refusals.clear()
         self.preempted.clear()
         self.allocation = None
-
-    def _told_light(self, number: int, event: StepScheduled) -> None:
-        """Level ``light``: blocks stand in the step itself."""
-        for request, tables in event.blocks:
-            if request == self.me:
-                made = SlotsAllocated(self.me, 0, 0, tables, [], event.num_free_blocks)
-                self.allocation = (number, made)
-            self._pass_on(number, request, flat(tables), [])
 
     def _not_in_step(self, number: int, event: StepScheduled) -> None:
         own = next((r for r in self.refusals if r.request == self.me), None)
@@ -356,8 +346,7 @@ class Life:
         self.decoding.num_tokens += count
         if allocation and flat(got):
             held = self.state.tables.get(self.me) or [[]]
-            # At level full the table has the new blocks by now, at light not yet.
-            place = len(held[0]) - (0 if self.light else len(got[0]))
+            place = len(held[0]) - len(got[0])
             self.decoding.blocks.append((allocation[0], place, flat(got)))
 
     def _admitted(self, number: int, event: StepScheduled, allocation: Any) -> None:
@@ -373,7 +362,7 @@ class Life:
 
     def _got(self, number: int, made: SlotsAllocated) -> None:
         facts = {"blocks": made.blocks, "hit_blocks": made.hit_blocks}
-        text = say.got(made, self.light)
+        text = say.got(made)
         self._say(number, "got", text, **facts, num_free=made.num_free_blocks)
 
     # What ends a run of steps -----------------------------------------------------------

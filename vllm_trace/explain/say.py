@@ -145,7 +145,7 @@ def wanted(number: int | None, queued: int, free: str) -> str:
 # In the batch ---------------------------------------------------------------------------
 
 
-def got(event: SlotsAllocated, light: bool) -> str:
+def got(event: SlotsAllocated) -> str:
     """``got 5 6 (logical 0–1), 2 left free``."""
     first = len(event.hit_blocks[0]) if event.hit_blocks else 0
     last = first + len(event.blocks[0]) - 1 if event.blocks else first
@@ -156,8 +156,6 @@ def got(event: SlotsAllocated, light: bool) -> str:
         if not flat(event.blocks):
             return f"took over {hits} from the prefix cache; {free}"
         return f"took over {hits} from the prefix cache and {new}; {free}"
-    if light:
-        return f"table {groups(event.blocks)}, hits of the prefix cache included; {free}"
     return f"{new}; {free}"
 
 

@@ -1,0 +1,539 @@
+"""The books of one engine: who holds what, kept once for all rules.
+
+Follows the events and nothing else, so that what vLLM says (a free count, a reference count) can
+be compared with what its own events add up to. ``state.KVState`` shows a pool; this one is made
+for speed and for doubt: it counts references and holders apart, and forgets what is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import repeat
+from operator import add
+from typing import Any
+
+from vllm_trace.events import (
+    AttentionPlanned,
+    BlockEvicted,
+    BlocksCached,
+    BlocksFreed,
+    BlocksTaken,
+    BlocksTouched,
+    EngineConfigured,
+    Event,
+    PrefixCacheReset,
+    PrefixLookedUp,
+    RequestArrived,
+    RequestFinished,
+    RequestFreed,
+    RequestPreempted,
+    RequestSeen,
+    SlotsAllocated,
+    SlotsMapped,
+    SlotsRefused,
+    StepExecuted,
+    StepScheduled,
+    StepUpdated,
+    TableRowChanged,
+)
+from vllm_trace.invariants.registry import Violation, version_of
+
+NULL_BLOCK = 0
+
+Table = list[list[int]]
+"""Block ids in logical order, per group. One object lives from admission to free."""
+
+WINDOWED = ("SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec")
+FULL = ("FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs")
+
+PLANS_KEPT = 64
+"""Steps that may be planned and not executed yet; older plans are forgotten."""
+
+
+class Plan:
+    """What a step was planned to be; a worker executes it now or later."""
+
+    __slots__ = ("_counts", "_ends", "end_list", "event", "grown", "left", "requests")
+
+    def __init__(self, event: StepScheduled, ends: list[int], grown: set[int]) -> None:
+        self.event = event
+        self.requests = event.requests or []
+        """In the order of scheduling."""
+        self.end_list = ends
+        """Tokens of each that have KV after the step."""
+        self.grown = grown
+        """Requests that got blocks for this step."""
+        self.left: dict[int, Table] = {}
+        """Tables of requests that left since."""
+        self._ends: dict[int, int] | None = None
+        self._counts: dict[int, int] | None = None
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """``end_list`` by request."""
+        if self._ends is None:
+            self._ends = dict(zip(self.requests, self.end_list))
+        return self._ends
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Tokens to compute, by request."""
+        if self._counts is None:
+            self._counts = dict(zip(self.requests, self.event.num_tokens or ()))
+        return self._counts
+
+
+class WorkerRows:
+    """The block table of one group as one worker's kernels received it."""
+
+    __slots__ = ("changed", "fresh", "lives", "rows")
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[int]] = {}
+        self.lives: dict[int, Table | None] = {}
+        """The manager's table that a row was last told for: another object is another life."""
+        self.changed: set[int] = set()
+        self.fresh: set[int] = set()
+        """Requests whose row changed between the last two ``slots.mapped``."""
+
+
+class Books:
+    """What the events so far add up to.
+
+    While a rule looks at an event, ``number`` is the event's and ``process`` who told it.
+    """
+
+    def __init__(self, names: dict[int, str] | None = None) -> None:
+        self.names = names if names is not None else {}
+        self.number = 0
+        self.process = 0
+        self.workers: set[int] = set()
+        """Processes that executed a step of this engine."""
+        self.mappers: set[int] = set()
+        """Those of them that told tables and slots."""
+        self.saw_attention = False
+        self.saw_tokens = False
+        """A step with tokens was planned: somebody must have executed it."""
+        self.config: EngineConfigured | None = None
+
+    # The engine -----------------------------------------------------------------------
+
+    def begin(self, event: EngineConfigured, release: str = "") -> None:
+        """Start afresh: a scheduler with a new pool was made."""
+        self.config = event
+        settings = event.settings
+        try:
+            self.release = version_of(release or str(settings.get("vllm_version", "")))
+        except ValueError:
+            self.release = ()
+        self.num_blocks = event.num_blocks
+        self.settings: dict[str, Any] = settings
+        self.caching = bool(settings.get("enable_prefix_caching", True))
+        self.max_model_len = settings.get("max_model_len") or (1 << 62)
+        self.num_lookahead = settings.get("num_lookahead_tokens") or 0
+        self.speculates = self.num_lookahead > 0
+        """Drafts may be rejected: a worker can stand before where the plan was."""
+        self.block_sizes = [group.block_size for group in event.groups] or [event.block_size]
+        self.hashes_per_block = [
+            max(1, size // (event.hash_block_size or size)) for size in self.block_sizes
+        ]
+        self.windowed = [
+            index
+            for index, group in enumerate(event.groups)
+            if group.sliding_window or group.kind in WINDOWED
+        ]
+        self.unknown_kinds = sorted(
+            {g.kind for g in event.groups if g.kind not in FULL and g.kind not in WINDOWED}
+        )
+        self.num_workers = (settings.get("tensor_parallel_size") or 1) * (
+            settings.get("pipeline_parallel_size") or 1
+        )
+        self.step = 0
+        """The last one scheduled."""
+        self.scheduling = False
+        """The next one is being scheduled now."""
+        self.last_pool_event = "the pool was made"
+
+        self.ref_cnts: dict[int, int] = {}
+        """Blocks with a count above zero, by our own counting; never the null block."""
+        self.held: dict[int, int] = {}
+        """How many places in tables hold a block."""
+        self.unbalanced: set[int] = set()
+        """Blocks whose reference count is not the number of places that hold them."""
+        self.taken_at: dict[int, tuple[int, int]] = {}
+        """(event, step) in which a block was last handed out."""
+        self.hashes: dict[int, tuple[int, ...]] = {}
+        """Hashes under which a block can be hit."""
+        self.evicted_at: dict[int, tuple[int, tuple[int, ...]]] = {}
+        """(event, hashes) of a block's last eviction."""
+
+        self.tables: dict[int, Table] = {}
+        self.capacity: dict[int, int] = {}
+        """Tokens that a request's tables have room for."""
+        self.computed: dict[int, int] = {}
+        """Tokens of each unfinished request whose KV was planned so far."""
+        self.num_prompt_tokens: dict[int, int] = {}
+        self.block_hashes: dict[int, list[int]] = {}
+        """A request's own hashes, as far as they are known."""
+        self.told: dict[int, int] = {}
+        """How many of them came with its arrival and its lookups."""
+
+        self.grown: set[int] = set()
+        self.plans: dict[int, Plan] = {}
+        self.executed: dict[int, int] = {}
+        """Per process the last step that it executed."""
+        self.freed: list[tuple[int, BlocksFreed]] = []
+        """``blocks.freed`` that no ``request.freed`` has explained yet."""
+        self._touched: set[int] = set()
+        self._order: list[int] = []
+        self._ends: list[int] = []
+        self._behind = False
+        """``computed`` lags behind ``_ends``: the composition of steps has not changed."""
+        self.rows: dict[tuple[int, int], WorkerRows] = {}
+
+    @property
+    def now(self) -> int:
+        """The step that an event without one belongs to."""
+        return self.step + 1 if self.scheduling else self.step
+
+    # For messages ---------------------------------------------------------------------
+
+    def name(self, request: int) -> str:
+        """The name of a request."""
+        return self.names.get(request, f"#{request}")
+
+    def holders(self, block: int) -> list[int]:
+        """Requests whose tables have the block."""
+        return [r for r, table in self.tables.items() if any(block in row for row in table)]
+
+    def num_blocks_of(self, request: int) -> int:
+        """Blocks in the request's tables, null blocks not counted."""
+        return sum(1 for row in self.tables.get(request, ()) for block in row if block)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds; the null block is not one of them."""
+        return len(self.ref_cnts)
+
+    def violation(
+        self,
+        message: str,
+        *,
+        request: int | None = None,
+        block: int | None = None,
+        number: int | None = None,
+        step: int | None = None,
+        requests: Iterable[int] = (),
+        blocks: Iterable[int] = (),
+    ) -> Violation:
+        """A violation at this event (or at ``number``); its rule's id and step are put in later."""
+        return Violation(
+            "",
+            self.number if number is None else number,
+            message,
+            request,
+            block,
+            step,
+            tuple(requests),
+            tuple(blocks),
+        )
+
+    # Requests -------------------------------------------------------------------------
+
+    def request_arrived(self, event: RequestArrived) -> None:
+        request = event.request
+        self.names[request] = event.request_id
+        self.computed[request] = 0
+        self.num_prompt_tokens[request] = event.num_prompt_tokens
+        self.block_hashes[request] = list(event.block_hashes)
+        self.told[request] = len(event.block_hashes)
+
+    def request_seen(self, event: RequestSeen) -> None:
+        self.names[event.request] = event.request_id
+
+    def prefix_looked_up(self, event: PrefixLookedUp) -> None:
+        self.scheduling = True
+        if event.new_hashes:
+            known = self.block_hashes.setdefault(event.request, [])
+            first = self.told.get(event.request, 0)
+            known[first : first + len(event.new_hashes)] = event.new_hashes
+            self.told[event.request] = first + len(event.new_hashes)
+
+    def request_finished(self, event: RequestFinished) -> None:
+        self._drop(event.request)
+        for known in (self.computed, self.num_prompt_tokens, self.block_hashes, self.told):
+            known.pop(event.request, None)
+
+    def request_preempted(self, event: RequestPreempted) -> None:
+        self._drop(event.request)
+        self.computed[event.request] = 0
+
+    def request_freed(self, event: RequestFreed) -> None:
+        self._drop(event.request)
+        self.freed.clear()
+        self.last_pool_event = f"request.freed {self.name(event.request)}"
+
+    def _drop(self, request: int) -> None:
+        self.catch_up()
+        self._order = []  # the next step adds up anew
+        self.capacity.pop(request, None)
+        table = self.tables.pop(request, None)
+        if table is None:
+            return
+        done = min(self.executed.values(), default=0)
+        for step in reversed(self.plans):
+            if step <= done:
+                break
+            self.plans[step].left.setdefault(request, table)
+        for row in table:
+            for block in filter(None, row):
+                self._let_go(block)
+
+    def planned_table(self, plan: Plan, request: int) -> Table | None:
+        """The request's table in the life that was planned; it has only grown since."""
+        return plan.left.get(request) or self.tables.get(request)
+
+    # The pool -------------------------------------------------------------------------
+
+    def blocks_taken(self, event: BlocksTaken) -> None:
+        self.scheduling = True
+        blocks, refs = event.blocks, self.ref_cnts
+        at = (self.number, self.step + 1)
+        self.last_pool_event = "blocks.taken"
+        if (
+            refs.keys().isdisjoint(blocks)
+            and self.held.keys().isdisjoint(blocks)
+            and NULL_BLOCK not in blocks
+        ):
+            refs.update(dict.fromkeys(blocks, 1))
+            self.taken_at.update(dict.fromkeys(blocks, at))
+            self.unbalanced.update(blocks)
+            return
+        for block in filter(None, blocks):
+            refs[block] = refs.get(block, 0) + 1
+            self.taken_at[block] = at
+            self._weigh(block)
+
+    def blocks_touched(self, event: BlocksTouched) -> None:
+        self._set_counts(event)
+        if self.windowed:
+            self._touched.update(event.blocks)
+        self.last_pool_event = "blocks.touched"
+
+    def blocks_freed(self, event: BlocksFreed) -> None:
+        self._set_counts(event)
+        self.freed.append((self.number, event))
+        self.last_pool_event = "blocks.freed"
+
+    def _set_counts(self, event: BlocksTouched | BlocksFreed) -> None:
+        refs = self.ref_cnts
+        for block, count in zip(event.blocks, event.ref_cnts, strict=True):
+            if block:
+                if count > 0:
+                    refs[block] = count
+                else:
+                    refs.pop(block, None)
+                self._weigh(block)
+
+    def _weigh(self, block: int) -> None:
+        if self.ref_cnts.get(block, 0) == self.held.get(block, 0):
+            self.unbalanced.discard(block)
+        else:
+            self.unbalanced.add(block)
+
+    def _hold(self, block: int) -> None:
+        self.held[block] = self.held.get(block, 0) + 1
+        self._weigh(block)
+
+    def _hold_new(self, blocks: list[int]) -> None:
+        held = self.held
+        counts = [*map(self.ref_cnts.get, blocks)]
+        if counts.count(1) == len(counts) and held.keys().isdisjoint(blocks):
+            held.update(dict.fromkeys(blocks, 1))
+            self.unbalanced.difference_update(blocks)
+            return
+        for block in filter(None, blocks):
+            self._hold(block)
+
+    def _let_go(self, block: int) -> None:
+        left = self.held.get(block, 0) - 1
+        if left > 0:
+            self.held[block] = left
+        else:
+            self.held.pop(block, None)
+        self._weigh(block)
+
+    def blocks_cached(self, event: BlocksCached) -> None:
+        hashes = self.hashes
+        for block, block_hash in zip(event.blocks, event.hashes, strict=True):
+            known = hashes.get(block, ())
+            if block_hash not in known:
+                hashes[block] = (*known, block_hash)
+
+    def block_evicted(self, event: BlockEvicted) -> None:
+        self.hashes.pop(event.block, None)
+        self.evicted_at[event.block] = (self.number, tuple(event.hashes))
+
+    def prefix_reset(self, event: PrefixCacheReset) -> None:
+        if event.ok:
+            self.hashes.clear()
+        self.last_pool_event = "prefix.reset"
+
+    # Tables ---------------------------------------------------------------------------
+
+    def slots_allocated(self, event: SlotsAllocated) -> None:
+        self.scheduling = True
+        request = event.request
+        self.settle(request)
+        table = self.tables.get(request)
+        if table is None:
+            table = self.tables[request] = [[] for _ in self.block_sizes]
+        for group, ids in enumerate(event.hit_blocks):
+            passed = self._touched if group in self.windowed else None
+            for block in ids:
+                # What a window has passed is hit too, and never touched: it is null in the table.
+                kept = block if passed is None or block in passed else NULL_BLOCK
+                table[group].append(kept)
+                if kept:
+                    self._hold(kept)
+        for group, ids in enumerate(event.blocks):
+            if ids:
+                table[group].extend(ids)
+                self._hold_new(ids)
+        if event.num_hit_tokens:
+            self.catch_up()
+            self._order = []
+            self.computed[request] = event.num_hit_tokens
+        self._touched.clear()
+        self.capacity[request] = min(
+            map(lambda row, size: len(row) * size, table, self.block_sizes)
+        )
+        self.grown.add(request)
+        self.last_pool_event = f"slots.allocated {self.name(request)}"
+
+    def slots_refused(self, event: SlotsRefused) -> None:
+        self.scheduling = True
+        self.settle(event.request)
+
+    def settle(self, request: int | None = None) -> None:
+        """Blocks freed without their request: a sliding window moved on, they are null now."""
+        if self.freed:
+            if self.windowed:
+                for _, event in self.freed:
+                    for block in filter(None, event.blocks):
+                        self._null(block, request)
+            self.freed.clear()
+
+    def _null(self, block: int, request: int | None) -> None:
+        candidates = [] if request is None else [request]
+        for candidate in (*candidates, *self.tables):
+            table = self.tables.get(candidate, ())
+            for group in self.windowed:
+                if group < len(table) and block in table[group]:
+                    table[group][table[group].index(block)] = NULL_BLOCK
+                    self._let_go(block)
+                    return
+
+    # Steps ----------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Bring ``computed`` up to the last step."""
+        if self._behind:
+            self.computed.update(zip(self._order, self._ends))
+            self._behind = False
+
+    def step_scheduled(self, event: StepScheduled) -> None:
+        self.settle()
+        self.step, self.scheduling = event.step, False
+        requests, counts = event.requests or [], event.num_tokens or []
+        if requests is not self._order and requests != self._order:
+            self.catch_up()
+            self._ends = [*map(self.computed.get, requests, repeat(0))]
+        self._order = requests
+        self._ends = [*map(add, self._ends, counts)]
+        self._behind = True
+        self.saw_tokens = self.saw_tokens or bool(counts)
+        plan = Plan(event, self._ends, self.grown)
+        self.grown = set()
+        self.speculates = self.speculates or bool(event.num_spec_tokens)
+        self.plans[event.step] = plan
+        if len(self.plans) > PLANS_KEPT:
+            del self.plans[next(iter(self.plans))]
+
+    def step_updated(self, event: StepUpdated) -> None:
+        plan = self.plans.get(event.step)
+        if plan is None or not plan.event.num_spec_tokens or event.num_output_tokens is None:
+            return
+        # Rejected drafts are computed again: their tokens do not count.
+        self.catch_up()
+        self._order = []
+        for request, made in zip(plan.requests, event.num_output_tokens):
+            drafts = plan.event.num_spec_tokens.get(request, 0)
+            if drafts and made and request in self.computed:
+                self.computed[request] -= max(0, drafts - (made - 1))
+
+    # Workers --------------------------------------------------------------------------
+
+    def rows_of(self, group: int) -> WorkerRows:
+        """The rows of the process that told the event."""
+        key = (self.process, group)
+        found = self.rows.get(key)
+        if found is None:
+            found = self.rows[key] = WorkerRows()
+        return found
+
+    def table_changed(self, event: TableRowChanged) -> None:
+        rows = self.rows_of(event.group)
+        row = rows.rows.setdefault(event.request, [])
+        row[event.first :] = event.blocks
+        rows.changed.add(event.request)
+        plan = self.plans.get(event.step)
+        if plan is not None:
+            rows.lives[event.request] = self.planned_table(plan, event.request)
+
+    def slots_mapped(self, event: SlotsMapped) -> None:
+        rows = self.rows_of(event.group)
+        self.mappers.add(self.process)
+        if rows.changed or rows.fresh:
+            rows.fresh, rows.changed = rows.changed, set()
+
+    def attention_planned(self, event: AttentionPlanned) -> None:
+        self.saw_attention = True
+
+    def step_executed(self, event: StepExecuted) -> None:
+        process = self.process
+        self.workers.add(process)
+        self.executed[process] = event.step
+        plan = self.plans.get(event.step)
+        if plan is not None and plan.event.finished:
+            for (owner, _), rows in self.rows.items():
+                if owner == process:
+                    for request in plan.event.finished:
+                        rows.rows.pop(request, None)
+                        rows.lives.pop(request, None)
+                        rows.changed.discard(request)
+
+
+HANDLERS: dict[type[Event], Any] = {
+    RequestArrived: Books.request_arrived,
+    RequestSeen: Books.request_seen,
+    PrefixLookedUp: Books.prefix_looked_up,
+    RequestFinished: Books.request_finished,
+    RequestPreempted: Books.request_preempted,
+    RequestFreed: Books.request_freed,
+    BlocksTaken: Books.blocks_taken,
+    BlocksTouched: Books.blocks_touched,
+    BlocksFreed: Books.blocks_freed,
+    BlocksCached: Books.blocks_cached,
+    BlockEvicted: Books.block_evicted,
+    PrefixCacheReset: Books.prefix_reset,
+    SlotsAllocated: Books.slots_allocated,
+    SlotsRefused: Books.slots_refused,
+    StepScheduled: Books.step_scheduled,
+    StepUpdated: Books.step_updated,
+    TableRowChanged: Books.table_changed,
+    SlotsMapped: Books.slots_mapped,
+    AttentionPlanned: Books.attention_planned,
+    StepExecuted: Books.step_executed,
+}
+"""What ``books`` itself does with an event; called like a rule, with (books, event)."""

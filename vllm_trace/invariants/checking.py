@@ -1,0 +1,602 @@
+"""Judging a trace: every event once, every rule that wants it, the first violation of each.
+
+A second reading, only when something was found, collects the story that led there: so a long
+trace that is clean costs no memory for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, Protocol
+
+from vllm_trace.errors import TraceError
+from vllm_trace.events import (
+    KINDS,
+    BlockEvicted,
+    BlocksTaken,
+    BlocksTouched,
+    EngineConfigured,
+    Event,
+    PrefixLookedUp,
+    RequestPreempted,
+    SlotsAllocated,
+    SlotsRefused,
+)
+from vllm_trace.invariants.books import HANDLERS, Books
+from vllm_trace.invariants.registry import Invariant, Violation, choose
+from vllm_trace.invariants.story import concerns, describe
+from vllm_trace.trace import Record, Trace, read_trace
+
+STORY = 10
+"""Events that are told before a violation."""
+
+_IN_SCHEDULE = (
+    PrefixLookedUp, BlocksTaken, BlocksTouched, BlockEvicted, SlotsAllocated, SlotsRefused,
+    RequestPreempted,
+)  # fmt: skip
+
+
+class Source(Protocol):
+    """What ``check`` reads: a ``Trace``, or an ``EventList``."""
+
+    names: dict[int, str]
+
+    def records(self) -> Iterator[Record]: ...
+
+    @property
+    def header(self) -> dict[str, Any]: ...
+
+    @property
+    def level(self) -> str: ...
+
+    @property
+    def problems(self) -> list[str]: ...
+
+
+class EventList:
+    """Events at hand, as a trace: for tests of a rule, and of an engine without a model.
+
+    ``events`` are events, or ``(process, event)``; they are read again for a story.
+    """
+
+    def __init__(
+        self,
+        events: Sequence[Any],
+        header: dict[str, Any] | None = None,
+        problems: Sequence[str] = (),
+        names: dict[int, str] | None = None,
+    ) -> None:
+        self.given = events
+        self.header = header or {}
+        self.problems = list(problems)
+        self.names: dict[int, str] = dict(names or {})
+
+    @property
+    def level(self) -> str:
+        return str(self.header.get("level", "full"))
+
+    def records(self) -> Iterator[Record]:
+        for number, given in enumerate(self.given, 1):
+            process, event = given if type(given) is tuple else (0, given)
+            name = getattr(event, "request_id", None)
+            if name is not None:
+                self.names[event.request] = name
+            yield Record(number, process, event)
+
+
+@dataclass
+class Judgement:
+    """What became of one invariant on one trace."""
+
+    invariant: Invariant
+    status: str = "holds"
+    """``holds``, ``violated``, ``unjudged``, or ``raised`` (the rule itself failed)."""
+    violation: Violation | None = None
+    story: list[str] = field(default_factory=list)
+    reason: str = ""
+    """Why it was not judged."""
+    whole: bool = True
+    """False when the reason is that the trace is not the whole truth: that is no pass."""
+
+    def to_dict(self, names: dict[int, str]) -> dict[str, Any]:
+        made: dict[str, Any] = {
+            "id": self.invariant.id,
+            "sentence": self.invariant.sentence,
+            "status": self.status,
+        }
+        if self.reason:
+            made |= {"reason": self.reason, "whole": self.whole}
+        if self.violation is not None:
+            found = self.violation
+            made |= {
+                "event": found.event_number,
+                "step": found.step,
+                "request": None if found.request is None else names.get(found.request),
+                "block": found.block,
+                "message": found.message,
+                "story": self.story,
+            }
+        return made
+
+
+@dataclass
+class Report:
+    """Every invariant's judgement on one trace."""
+
+    trace: str
+    judgements: list[Judgement]
+    problems: list[str]
+    """What keeps the trace from being the whole truth."""
+    num_events: int
+    release: str
+    names: dict[int, str]
+
+    def of(self, status: str) -> list[Judgement]:
+        """The judgements of one status."""
+        return [each for each in self.judgements if each.status == status]
+
+    @property
+    def violations(self) -> list[Violation]:
+        """What was found, the first event first."""
+        found = [each.violation for each in self.of("violated") if each.violation is not None]
+        return sorted(found, key=lambda violation: violation.event_number)
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Why this is no pass even if nothing was found: each reason once."""
+        reasons = [each.reason for each in self.judgements if each.reason and not each.whole]
+        return list(dict.fromkeys([*self.problems, *reasons]))
+
+    @property
+    def verdict(self) -> str:
+        """``clean``, ``violated`` or ``incomplete``."""
+        if self.of("violated"):
+            return "violated"
+        return "incomplete" if self.incomplete or self.of("raised") else "clean"
+
+    @property
+    def exit_code(self) -> int:
+        """0 clean, 1 something was found, 2 nothing was found but not all could be judged."""
+        return {"clean": 0, "violated": 1, "incomplete": 2}[self.verdict]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "trace": self.trace,
+            "verdict": self.verdict,
+            "num_events": self.num_events,
+            "vllm": self.release,
+            "problems": self.incomplete,
+            "invariants": [each.to_dict(self.names) for each in self.judgements],
+        }
+
+    def text(self, width: int = 80) -> str:
+        """For a terminal: what was found on top of everything."""
+        room = max((len(each.invariant.id) for each in self.judgements), default=0)
+        lines = [f"{self.trace}: {self.num_events} events, vLLM {self.release or 'unknown'}"]
+        for each in sorted(self.judgements, key=lambda each: each.status != "violated"):
+            said = _SAID[each.status]
+            head = f"  {said:<10}  {each.invariant.id.ljust(room)}  "
+            if each.violation is not None and each.status == "violated":
+                lines.append(f"{head}at {where(each.violation)}")
+                lines += _wrapped("    ", each.invariant.sentence, width)
+                lines += _wrapped("    ", each.violation.message, width)
+                for told in each.story:
+                    lines += _wrapped("      ", told, width)
+            else:
+                lines += _wrapped(head, each.reason or each.invariant.sentence, width)
+        counts = [
+            f"{len(self.of(status))} {_COUNTED[status]}" for status in _SAID if self.of(status)
+        ]
+        lines.append(f"{len(self.judgements)} invariants: {', '.join(counts)}")
+        if self.verdict == "incomplete":
+            lines.append("This is not a pass:")
+        for problem in self.incomplete:
+            lines += _wrapped("  ", problem, width)
+        return "\n".join(lines)
+
+
+_SAID = {
+    "violated": "VIOLATED", "holds": "holds", "unjudged": "not judged", "raised": "RAISED",
+}  # fmt: skip
+_COUNTED = {"violated": "violated", "holds": "hold", "unjudged": "not judged", "raised": "raised"}
+
+
+def _wrapped(head: str, text: str, width: int) -> list[str]:
+    """The text behind a head, further lines as far in as the text (or, of an event, a little)."""
+    indent = " " * (len(head) + (2 if len(head.split()) == 0 else 0))
+    return wrap(head + text, width, subsequent_indent=indent, break_long_words=False) or [head]
+
+
+@dataclass
+class Unreadable:
+    """A trace that could not be judged at all; the others are."""
+
+    trace: str
+    error: TraceError
+    exit_code = 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"trace": self.trace, "verdict": "unreadable", "error": str(self.error)}
+
+    def text(self, width: int = 80) -> str:
+        hint = f"\n  {self.error.hint}" if self.error.hint else ""
+        return f"{self.trace}: {self.error}{hint}"
+
+
+def check_all(paths: Iterable[Path], only: Iterable[str] = ()) -> list[Report | Unreadable]:
+    """Judge several traces; one that cannot be read does not hide the others.
+
+    Raises: ``UsageError`` for an id that does not exist.
+    """
+    choose(only)
+    made: list[Report | Unreadable] = []
+    for path in paths:
+        try:
+            made.append(check(read_trace(path), only, label=str(path)))
+        except TraceError as error:
+            made.append(Unreadable(str(path), error))
+    return made
+
+
+def exit_code(reports: Iterable[Report | Unreadable]) -> int:
+    """Of several: 1 when any was violated, else the highest."""
+    codes = {report.exit_code for report in reports}
+    return 1 if 1 in codes else max(codes, default=0)
+
+
+def catalogue(invariants: Iterable[Invariant], width: int = 80) -> str:
+    """All rules, each with its sentence and what it is for."""
+    lines: list[str] = []
+    for one in invariants:
+        lines.append(f"{one.id}  (vLLM {one.releases or 'any'})")
+        for text in (one.sentence, one.doc, one.mutation and f"Fails when {one.mutation}."):
+            lines += _wrapped("    ", text, width) if text else []
+    return "\n".join(lines)
+
+
+def where(violation: Violation) -> str:
+    """``event 812, step 31``."""
+    step = "" if violation.step is None else f", step {violation.step}"
+    return f"event {violation.event_number}{step}"
+
+
+def check(
+    trace: Source,
+    only: Iterable[str] = (),
+    also: Iterable[Invariant] = (),
+    label: str = "",
+) -> Report:
+    """Judge a trace by the invariants of those ids (default: all) and by some more.
+
+    Raises: ``UsageError`` for an id that does not exist, ``TraceError`` when the trace cannot be
+    read or contradicts itself.
+    """
+    chosen = choose(only)
+    chosen += [one for one in also if one.id not in {each.id for each in chosen}]
+    return _Judge(trace, chosen).run(label)
+
+
+class _Engine:
+    """One scheduler process: its books, and one instance of each rule."""
+
+    def __init__(self, judge: _Judge) -> None:
+        self.judge = judge
+        self.books = Books(judge.trace.names)
+        self.plan: dict[type[Event], list[tuple[Any, Judgement | None]]] = {}
+        self.rules: list[tuple[Judgement, Any]] = []
+        self.configured = False
+
+    def begin(self, event: EngineConfigured) -> None:
+        self.configured = True
+        self.books.begin(event, self.judge.release)
+        self.rules = [
+            (each, each.invariant.make())
+            for each in self.judge.open
+            if self.judge.applies(each, self.books)
+        ]
+        self.compile()
+
+    def compile(self) -> None:
+        """For each kind of event: the rules before, the books, the rules after."""
+        self.plan = {kind: [(handler, None)] for kind, handler in HANDLERS.items()}
+        open_ = {id(each) for each in self.judge.open}
+        for judgement, rule in self.rules:
+            if id(judgement) not in open_:
+                continue
+            for kind, before, name in judgement.invariant.handlers:
+                if kind == "end":
+                    continue
+                calls = self.plan.setdefault(KINDS[kind], [])
+                call = (getattr(rule, name) if name else rule, judgement)
+                # Before the books: in the order of the rules, so each goes where the books are.
+                place = next((i for i, (_, owner) in enumerate(calls) if owner is None), len(calls))
+                calls.insert(place if before else len(calls), call)
+
+
+class _Judge:
+    """One reading of a trace."""
+
+    def __init__(self, trace: Source, invariants: list[Invariant]) -> None:
+        self.trace = trace
+        self.judgements = [Judgement(one) for one in invariants]
+        self.release = str(trace.header.get("vllm") or "")
+        self.light = trace.level == "light"
+        self._set_aside()
+        self.open = [each for each in self.judgements if each.status == "holds"]
+        self.engines: dict[int, _Engine] = {}
+        self.number = 0
+        self.applied: set[str] = set()
+        """Rules that were judged on at least one engine."""
+        self.reasons: dict[str, str] = {}
+        """Why others were not."""
+
+    def _set_aside(self) -> None:
+        for each in self.judgements:
+            rule = each.invariant
+            if self.light and "full" in rule.needs:
+                self._unjudged(each, "the trace was recorded at level light", whole=False)
+                continue
+            if not rule.releases:
+                continue
+            try:
+                if not rule.holds_for(self.release):
+                    reason = f"it is for vLLM {rule.releases}; this is {self.release}"
+                    self._unjudged(each, reason, whole=False)
+            except ValueError:
+                reason = f"it is for vLLM {rule.releases}; the trace does not say its release"
+                self._unjudged(each, reason, whole=False)
+
+    def _unjudged(self, each: Judgement, reason: str, *, whole: bool) -> None:
+        each.status, each.reason, each.whole = "unjudged", reason, whole
+
+    def applies(self, each: Judgement, books: Books) -> bool:
+        """Whether a rule can be judged on the engine that was just configured."""
+        needs, why = each.invariant.needs, ""
+        if "known-groups" in needs and books.unknown_kinds:
+            why = f"groups of kind {', '.join(books.unknown_kinds)} follow other rules"
+        elif "kv-events" in needs and not books.settings.get("kv_events"):
+            why = "vLLM's own KV events are off"
+        elif "caching" in needs and not books.caching:
+            why = "prefix caching is off"
+        if why:
+            self.reasons.setdefault(each.invariant.id, why)
+        else:
+            self.applied.add(each.invariant.id)
+        return not why
+
+    # Reading --------------------------------------------------------------------------
+
+    def run(self, label: str) -> Report:
+        number, engines = 0, self.engines
+        for process, batch in _batches(self.trace):
+            for event in batch:
+                number += 1
+                kind = type(event)
+                if kind is EngineConfigured:
+                    self._configured(number, process, event)
+                engine = engines.get(process) or self._engine_of(process)
+                if engine is None:
+                    continue
+                calls = engine.plan.get(kind)
+                if calls is None:
+                    continue
+                books = engine.books
+                books.number, books.process = number, process
+                owner = None
+                try:
+                    for call, owner in calls:
+                        found = call(books, event)
+                        if found:
+                            self._found(engine, owner, found, event)
+                except Exception as error:
+                    self._go_on(engine, calls, owner, error, event)
+        self.number = number
+        problems = list(self.trace.problems)
+        self._end(problems)
+        self._sort_out(problems)
+        self._tell_stories()
+        release = self.release or next(
+            (str(e.books.settings.get("vllm_version", "")) for e in self.engines.values()), ""
+        )
+        return Report(label, self.judgements, problems, self.number, release, self.trace.names)
+
+    def _configured(self, number: int, process: int, event: Any) -> None:
+        engine = self.engines.get(process)
+        if engine is None or not engine.configured:
+            engine = self.engines[process] = _Engine(self)
+        engine.books.number = self.number = number
+        engine.begin(event)
+
+    def _engines(self) -> list[_Engine]:
+        """Each once: workers stand for the engine that they work for."""
+        return [*{id(engine): engine for engine in self.engines.values()}.values()]
+
+    def _engine_of(self, process: int) -> _Engine | None:
+        """Of a process without a scheduler: the engine that it works for, if that is known."""
+        configured = [engine for engine in self._engines() if engine.configured]
+        if len(configured) != 1:
+            return None
+        self.engines[process] = configured[0]
+        return configured[0]
+
+    def _go_on(
+        self,
+        engine: _Engine,
+        calls: list[Any],
+        owner: Judgement | None,
+        error: Exception,
+        event: Event,
+    ) -> None:
+        """A rule raised: note it, and let those behind it see the event too."""
+        while True:
+            self._raised(engine, owner, error, event)
+            place = next(i for i, (_, each) in enumerate(calls) if each is owner)
+            calls = calls[place + 1 :]
+            try:
+                for call, owner in calls:
+                    found = call(engine.books, event)
+                    if found:
+                        self._found(engine, owner, found, event)
+                return
+            except Exception as another:
+                error = another
+
+    def _found(self, engine: _Engine, owner: Any, found: Any, event: Event) -> None:
+        for one in _each(found):
+            owner.violation = self._placed(engine.books, owner.invariant, one, event)
+            owner.status = "violated"
+            self._close(owner)
+            break  # the first one only
+        if inspect.isgenerator(found):
+            found.close()
+
+    def _placed(self, books: Books, rule: Invariant, one: Any, event: Event | None) -> Violation:
+        if not isinstance(one, Violation):
+            request = getattr(event, "request", None)
+            block = getattr(event, "block", None)
+            one = books.violation(str(one), request=request, block=block)
+        step = one.step
+        if step is None:
+            step = getattr(event, "step", None)
+        if step is None:
+            step = (books.step + 1 if isinstance(event, _IN_SCHEDULE) else books.now) or None
+        return replace(one, invariant=rule.id, step=step)
+
+    def _raised(
+        self, engine: _Engine, owner: Judgement | None, error: Exception, event: Event
+    ) -> None:
+        number = engine.books.number
+        if owner is None:
+            raise TraceError(
+                f"event {number} ({event.kind}) does not fit the events before it: "
+                f"{type(error).__name__}: {error}",
+                hint="The trace was edited or damaged, or this vLLM does what no known release does",
+            ) from error
+        owner.status, owner.whole = "raised", False
+        owner.reason = f"the rule itself failed at event {number} ({event.kind}): {type(error).__name__}: {error}"
+        self._close(owner)
+
+    def _close(self, judgement: Judgement) -> None:
+        self.open = [each for each in self.open if each is not judgement]
+        for engine in self._engines():
+            engine.compile()
+
+    # The end --------------------------------------------------------------------------
+
+    def _end(self, problems: list[str]) -> None:
+        """Rules that look at the end; not of a trace whose end is missing."""
+        if problems:
+            return
+        for engine in self._engines():
+            engine.books.number = self.number
+            for judgement, rule in engine.rules:
+                if judgement.status == "holds" and hasattr(rule, "end"):
+                    try:
+                        found = rule.end(engine.books)
+                        if found:
+                            self._found(engine, judgement, found, None)  # type: ignore[arg-type]
+                    except Exception as error:
+                        judgement.status, judgement.whole = "raised", False
+                        judgement.reason = (
+                            f"the rule itself failed at the end: {type(error).__name__}: {error}"
+                        )
+
+    def _sort_out(self, problems: list[str]) -> None:
+        """What seems to hold, but could not be seen."""
+        engines = [engine for engine in self._engines() if engine.configured]
+        lost = [problem for problem in problems if "were dropped" in problem]
+        for each in self.judgements:
+            if each.status == "violated" and lost and each.violation is not None:
+                # Books with a hole in them prove nothing.
+                each.status, each.whole = "unjudged", False
+                each.reason = (
+                    f"{lost[0]}; {where(each.violation)} looks wrong: {each.violation.message}"
+                )
+            if each.status != "holds":
+                continue
+            if not engines:
+                self._unjudged(
+                    each,
+                    "the trace has no engine.configured: it began after the engine",
+                    whole=False,
+                )
+            elif problems:
+                self._unjudged(
+                    each, f"no violation in what there is, but {problems[0]}", whole=False
+                )
+            elif each.invariant.id not in self.applied:
+                self._unjudged(each, self.reasons[each.invariant.id], whole=True)
+            else:
+                self._look_for_evidence(each, [e.books for e in engines])
+
+    def _look_for_evidence(self, each: Judgement, engines: list[Books]) -> None:
+        needs = each.invariant.needs
+        if "worker" not in needs and "attention" not in needs:
+            return
+        for books in engines:
+            if books.saw_tokens and len(books.workers) < books.num_workers:
+                reason = f"{len(books.workers)} of {books.num_workers} worker(s) have told of their steps"
+                self._unjudged(each, reason, whole=False)
+            elif "worker" in needs and books.workers - books.mappers:
+                reason = "this runner's tables and slots stay on the device and are not recorded"
+                self._unjudged(each, reason, whole=True)
+            elif "attention" in needs and books.workers and not books.saw_attention:
+                self._unjudged(each, "no kernel told the numbers it was chosen by", whole=True)
+
+    # Stories --------------------------------------------------------------------------
+
+    def _tell_stories(self) -> None:
+        found = [each for each in self.judgements if each.violation is not None]
+        if not found:
+            return
+        last = max(each.violation.event_number for each in found if each.violation)
+        told: list[deque[Record]] = [deque(maxlen=STORY) for _ in found]
+        before: deque[Record] = deque(maxlen=STORY // 2)
+        for record in self.trace.records():
+            for each, story in zip(found, told):
+                violation = each.violation
+                assert violation is not None
+                if record.number > violation.event_number:
+                    continue
+                if record.number == violation.event_number:
+                    if len(story) < 2:  # a block that nobody spoke of: what else went on
+                        story.extend(one for one in before if one not in story)
+                    story.append(record)
+                elif concerns(record.event, violation):
+                    story.append(record)
+            if record.number >= last:
+                break
+            if not hasattr(record.event, "step"):
+                before.append(record)
+        for each, story in zip(found, told):
+            each.story = [
+                f"event {record.number}  {describe(record.event, self.trace.names)}"
+                for record in sorted(story, key=lambda record: record.number)
+            ]
+
+
+def _batches(trace: Source) -> Iterator[tuple[int, Iterable[Event]]]:
+    """(process, events) in the order of ``records``; whole batches where one process told all."""
+    if isinstance(trace, Trace) and len(trace.files) == 1:
+        for batch in trace.files[0].batches():
+            yield 0, batch
+    else:
+        for _, process, event in trace.records():
+            yield process, (event,)
+
+
+def _each(found: Any) -> Iterator[Any]:
+    if isinstance(found, (str, Violation)):
+        yield found
+    elif found is not True:
+        yield from found
+    else:
+        yield "it returned True instead of saying what is wrong"
+
+
+__all__ = ["EventList", "Judgement", "Report", "check", "where"]

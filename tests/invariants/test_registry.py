@@ -137,3 +137,22 @@ def test_a_file_of_ones_own_is_loaded_and_a_broken_one_is_told_why(tmp_path):
         registry.load(tmp_path / "none.py")
     with pytest.raises(UsageError, match="is no Python file"):
         registry.load(tmp_path / "absent.py")
+
+
+def test_the_examples_of_the_document_are_rules():
+    """Every Python block with ``@invariant`` registers what it shows, and judges a trace."""
+    from pathlib import Path
+
+    from vllm_trace.invariants import check
+    from vllm_trace.trace import read_trace
+
+    root = Path(__file__).parent.parent.parent
+    text = (root / "docs" / "invariants.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    source = "\n".join(block for block in blocks if "@invariant" in block)
+    assert 2 == source.count("@invariant(")
+    exec(compile(source, "docs/invariants.md", "exec"), {})
+    report = check(read_trace(root / "tests/gold/evict.vtrace"), ["few-blocks", "no-reuse"])
+    assert [] == report.of("raised")
+    assert ["few-blocks"] == [each.invariant.id for each in report.of("holds")]
+    assert ["no-reuse"] == [violation.invariant for violation in report.violations]

@@ -346,8 +346,10 @@ def reset_prefix_cache(append, result):
 
 # The step -------------------------------------------------------------------------------
 
-# A step is *steady* when every running request decodes one token and nobody came or went. Two
-# steady steps in a row are the same requests in the same order, which needs no comparing of names.
+# A step is *steady* when every running request decodes one token, as many as in the step before, and
+# nobody finished. Then nobody came either (there would be more) and nobody was preempted (a step that
+# preempts lets nobody in, so there would be fewer): the same requests in the same order, which needs
+# no comparing of names.
 
 # The rest of such a step. Given rather than left out: msgspec makes a new list for each default that
 # is one.
@@ -360,23 +362,15 @@ def schedule(append, recorder, next_step, result, started, ended, self):
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting, kept = len(self.running), len(self.waiting), len(recorder.kept)
     scheduled = len(result.num_scheduled_tokens)
-    steady = (
-        scheduled
-        if scheduled == running == result.total_num_scheduled_tokens
-        and not result.scheduled_new_reqs
-        and not result.finished_req_ids
-        and not result.preempted_req_ids
-        and not result.scheduled_cached_reqs.resumed_req_ids
-        else -1
-    )
-    if steady == recorder.steady and steady > 0:
+    uniform = scheduled == running == result.total_num_scheduled_tokens
+    if uniform and scheduled == recorder.steady and not result.finished_req_ids:
         append(
             StepScheduled(
                 step, started, ended - started, running, waiting, free, kept, *AS_IN_LAST_STEP
             )
         )
     else:
-        recorder.steady = steady
+        recorder.steady = scheduled if uniform else -1
         append(
             StepScheduled(
                 step,
@@ -400,21 +394,18 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting = len(self.running), len(self.waiting)
     scheduled = len(result.num_scheduled_tokens)
-    steady = (
-        scheduled
-        if scheduled == running == result.total_num_scheduled_tokens
-        and not result.scheduled_new_reqs
-        and not result.finished_req_ids
-        and not result.preempted_req_ids
-        and not result.scheduled_cached_reqs.resumed_req_ids
-        else -1
-    )
+    uniform = scheduled == running == result.total_num_scheduled_tokens
     if recorder.planned is not None:
         recorder.spell_out_planned()
-    if steady == recorder.steady and steady > 0 and not recorder.pending:
+    if (
+        uniform
+        and scheduled == recorder.steady
+        and not result.finished_req_ids
+        and not recorder.pending
+    ):
         recorder.planned = (step, started, ended - started, running, waiting, free)
     else:
-        recorder.steady = steady
+        recorder.steady = scheduled if uniform else -1
         append(
             StepScheduled(
                 step,
@@ -467,11 +458,15 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
 @probe()
 def update_from_output_light(append, recorder, started, ended, scheduler_output):
     step = getattr(scheduler_output, "vtrace_step", 0)
-    if recorder.planned is not None and recorder.planned[0] == step and not recorder.pending:
-        recorder.write_steady_step(started, ended - started)
+    planned = recorder.planned
+    if (
+        planned is not None
+        and planned[0] == step
+        and not recorder.pending
+        and recorder.write_steady_step(planned, started, ended - started)
+    ):
+        recorder.planned = None
     else:
-        if recorder.planned is not None:
-            recorder.spell_out_planned()
         append(StepUpdated(step, started, ended - started))
         recorder.flush()
 

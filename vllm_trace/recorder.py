@@ -28,7 +28,6 @@ from vllm_trace.events import (
     ProbeFailed,
     RequestSeen,
     StepScheduled,
-    StepUpdated,
 )
 from vllm_trace.options import Options
 from vllm_trace.tracefile import SUFFIX, TraceWriter
@@ -76,6 +75,8 @@ class Recorder:
         """How many requests decode in the steady steps that are going on; -1 when none are."""
         self.planned: tuple[int, ...] | None = None
         """Level light: fields of the ``step.scheduled`` of a steady step that is on its way."""
+        self.write_steady_step: Callable[[tuple[int, ...], int, int], bool] = _cannot_write
+        """The writer's own method while its file is open: a call less in each step."""
         self.rank = 0
         self.notes: dict[str, Any] = {}
         """More for the header, set before the first event: versions, hooks and their state."""
@@ -105,6 +106,7 @@ class Recorder:
     def _after_fork(self) -> None:
         """A forked child has its own file; what the parent had pending is the parent's."""
         self.writer = None
+        self.write_steady_step = _cannot_write
         self._plain = False
         self.kept.clear()
         self.pending.clear()
@@ -149,16 +151,6 @@ class Recorder:
     def emit(self, event: Event) -> None:
         """From a decoder: add an event before the one that the decoder returns."""
         self.append(event)
-
-    def write_steady_step(self, started_ns: int, dur_ns: int) -> None:
-        """Level light: the planned step is done and nothing else happened. Never raises."""
-        planned, self.planned = self.planned, None
-        assert planned is not None
-        if not self._plain or not self.writer.write_steady_step(*planned, started_ns, dur_ns):  # type: ignore[union-attr]
-            step, at, dur, running, waiting, free = planned
-            self.append(StepScheduled(step, at, dur, running, waiting, free, 0))
-            self.append(StepUpdated(step, started_ns, dur_ns))
-            self.flush()
 
     def spell_out_planned(self) -> None:
         """Something came between the two halves of a steady step: it becomes an ordinary event."""
@@ -237,6 +229,7 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = TraceWriter(folder / name, self._header())
+            self.write_steady_step = self.writer.write_steady_step
         except OSError as error:
             self._closed = True
             self.tell(f"no trace: {error}; the engine goes on untraced")
@@ -262,6 +255,7 @@ class Recorder:
         if self.planned is not None:
             self.spell_out_planned()
         self.flush()
+        self.write_steady_step = _cannot_write
         self._closed = True
         self._plain = False
         self._finalizer.cancel()
@@ -290,6 +284,11 @@ class Recorder:
             # A closed stderr is no reason to raise in a hooked call.
             with contextlib.suppress(Exception):
                 print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
+
+
+def _cannot_write(planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:
+    """No file is open: the long way opens it."""
+    return False
 
 
 _alive: WeakSet[Recorder] = WeakSet()

@@ -131,23 +131,23 @@ class TraceWriter:
         self._used = end
         self.num_events += len(events)
 
-    def write_steady_step(self, *values: int) -> bool:
+    def write_steady_step(self, planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:
         """Add a batch of a ``step.scheduled`` like the last one and its ``step.updated``.
 
-        ``values``: step, started, duration, running, waiting, free, started and duration of the
-        update. The same bytes as ``write`` would store but for the width of the numbers, made in
-        one call. False when they do not fit; the caller takes the long way then.
+        ``planned``: step, started, duration, running, waiting, free. The same bytes as ``write``
+        would store but for the width of the numbers, made in one call. False when they do not
+        fit; the caller takes the long way then.
         """
         begin = self._used
         end = begin + 4 + _STEADY.size
         if end > self._tail_end:
             return False
-        step, started, dur, running, waiting, free, updated, took = values
+        step, started, dur, running, waiting, free = planned
         _put_steady(
             self._tail, begin + 4,
             _STEADY_HEAD, _U32, step, _U64, started, _U64, dur,
             _U32, running, _U32, waiting, _U32, free,
-            _STEADY_MIDDLE, _U32, step, _U64, updated, _U64, took,
+            _STEADY_MIDDLE, _U32, step, _U64, started_ns, _U64, dur_ns,
         )  # fmt: skip
         _put_size(self._tail, begin, _STEADY.size)
         self._used = end

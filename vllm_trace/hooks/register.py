@@ -63,6 +63,7 @@ def attach(options: Options) -> Recorder:
         raise HookError("vLLM is not installed here", hint="pip install vllm, or make demo")
     table = choose(TABLES, source.version)
     rows = resolve(table, source, level=options.level, platform=current_platform())
+    source.forget()
     demand(rows, source.version, strict=options.strict)
     made = Recorder(options)
     installation = install(rows, made)

@@ -80,6 +80,11 @@ class VllmSource:
             return f"inherited from {heir}" if heir else f"no {name} in {module}:{owner}"
         return _definition(path, functions[-1])
 
+    @staticmethod
+    def forget() -> None:
+        """Let go of the syntax trees: half a million objects that every collection would visit."""
+        _parse.cache_clear()
+
     def path_of(self, module: str) -> Path | None:
         parts = module.split(".")[1:]
         base = self.folder.joinpath(*parts)

@@ -198,7 +198,7 @@ class Server:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """Two, started at the same time: one is stopped by Ctrl-C, one by SIGTERM under load."""
-    pytest.importorskip("aiohttp")
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed: there is no client")
     folder = tmp_path_factory.mktemp("serve")
     started = [Server(folder / "calm"), Server(folder / "busy")]
     yield started

@@ -80,7 +80,6 @@ class Recorder:
         self.rank = 0
         self.notes: dict[str, Any] = {}
         """More for the header, set before the first event: versions, hooks and their state."""
-        self.counts: dict[str, int] = {}
         self.failures: dict[str, int] = {}
         self.on_failures: Callable[[str], None] = lambda hook: None
         self.state: dict[str, Any] = {}
@@ -114,7 +113,6 @@ class Recorder:
         self._finished.clear()
         self.steady, self.planned = -1, None
         self.state.clear()
-        self.counts.clear()
 
     # Requests -------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_trace import cli, options, scenario, tables
+from vllm_trace.cli import run
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def test_a_command_is_one_that_the_parser_takes(words):
     if parsed.verb == "run":
         assert scenario.load(parsed.scenario)
         assert not parsed.level or parsed.level in options.LEVELS
-        assert cli._engine_args(parsed.engine_arg) is not None
+        assert run.parse_engine_args(parsed.engine_arg) is not None
     if parsed.verb == "show":
         from vllm_trace.show import VIEWS, Filter
 

@@ -1,0 +1,175 @@
+"""``run``: a scenario on a real engine, recorded; and ``scenarios``, the list of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
+from vllm_trace.cli.printing import print_json, print_text
+from vllm_trace.cli.traces import code_of, replay_all
+from vllm_trace.errors import EngineError, TraceError, UsageError
+
+
+def add(verb: AddVerb) -> None:
+    run = verb("run", _run, "Run a scenario on a real engine and trace it", "run preempt")
+    run.add_argument("scenario", help="a name (see: scenarios) or a TOML file")
+    run.add_argument("--model", default="", help="a folder or hub name instead of the tiny model")
+    run.add_argument(
+        "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
+    )
+    run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
+    recording_flags(run)
+    verb("scenarios", _scenarios, "List what there is to run", "scenarios")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from vllm_trace import reports, scenario
+    from vllm_trace.record import close_files
+
+    chosen = scenario.load(arguments.scenario)
+    options = recording_options(arguments)
+    engine_args = parse_engine_args(arguments.engine_arg)
+    run = reports.new_run(chosen.name, arguments.output)
+    options = replace(options, dir=str(run.trace.absolute()))
+    os.environ |= options.to_environment()
+    try:
+        outcome = _drive(chosen, run.folder, arguments.model, engine_args)
+    except BaseException as error:
+        run.discard(keep_log=isinstance(error, EngineError))
+        raise
+    finally:
+        close_files(run.trace, "stopped")
+    from vllm_trace.summary import Summary
+    from vllm_trace.trace import read_trace
+
+    try:
+        trace = read_trace(run.trace)
+    except TraceError as error:
+        raise EngineError(f"the engine ran, but left no trace: {error}") from None
+    summary = Summary.of(trace)
+    failures = chosen.failures(summary.facts()) if options.level == "full" else []
+    document = summary.to_dict() | {
+        "scenario": chosen.name,
+        "command": shlex.join(["vllm-trace", *sys.argv[1:]]),
+        "date": run.date,
+        "notes": outcome.notes,
+        "start_seconds": round(outcome.start_seconds, 3),
+        "run_seconds": round(outcome.run_seconds, 3),
+        "failures": failures,
+        "facts": summary.facts(),
+    }
+    replays = replay_all(run.trace) if arguments.replay else []
+    if replays:
+        document["replays"] = [one.to_dict() for one in replays]
+    text = reports.save(run, document, summary, chosen, outcome)
+    if arguments.json:
+        print_json(document)
+    else:
+        print_text(text)
+        if replays:
+            from vllm_trace.replay_view import verdict
+
+            print_text(verdict(replays))
+        print(f"Trace and summary: {run.folder}")
+    for failure in failures:
+        print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
+    return max(1 if failures else 0, code_of(replays))
+
+
+def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:
+    """Start the engine, run the workload, close the trace; vLLM's own words go to a file."""
+    from vllm_trace import hooks, runner
+
+    log = folder / "engine.log"
+    progress = _Progress(f"starting vLLM for {chosen.name!r}")
+    began = time.monotonic_ns()
+    try:
+        with runner.output_to(log) as last_words, progress:
+            try:
+                llm, notes = runner.start_engine(chosen, model=model, engine_args=engine_args)
+            except EngineError as error:
+                raise EngineError(f"{error}\n{last_words()}".strip(), hint=error.hint) from None
+            started = time.monotonic_ns()
+            progress.say(f"running {chosen.name!r}")
+            outcome = runner.run_workload(llm, chosen)
+            runner.stop_engine(llm)
+    finally:
+        hooks.detach()
+        for line in runner.warnings_of(log):
+            print(line, file=sys.stderr)
+    outcome.notes = notes
+    outcome.start_seconds = (started - began) / 1e9
+    return outcome
+
+
+class _Progress:
+    """A line on the terminal that says what is going on; nothing when there is no terminal."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._status: Any = None
+        self._stack = contextlib.ExitStack()
+        # Taken now: inside, stderr belongs to the engine's log.
+        self._terminal = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
+
+    def __enter__(self) -> _Progress:
+        if self._terminal is not None:
+            from rich.console import Console
+
+            self._stack.enter_context(self._terminal)
+            console = Console(file=self._terminal, force_terminal=True)
+            self._status = self._stack.enter_context(console.status(self.text))
+        return self
+
+    def say(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(text)
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def parse_engine_args(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` from K=V words; values are JSON where they can be."""
+    made: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise UsageError(f"--engine-arg {text!r} is not K=V", hint="--engine-arg block_size=32")
+        try:
+            made[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            made[name.replace("-", "_")] = value
+    return made
+
+
+def _scenarios(arguments: argparse.Namespace) -> int:
+    from vllm_trace import render, scenario
+
+    loaded = [scenario.load(name) for name in scenario.names()]
+    if arguments.json:
+        print_json(
+            {
+                "schema": 1,
+                "scenarios": [
+                    {k: getattr(s, k) for k in ("name", "title", "shows", "plan", "seconds")}
+                    for s in loaded
+                ],
+            }
+        )
+        return 0
+    table = render.table("scenario", "what it shows", "plan", "takes", left=(0, 1))
+    for one in loaded:
+        table.add_row(one.name, one.title, f"step {one.plan}", f"{one.seconds} s")
+    print_text(table)
+    return 0

@@ -35,6 +35,25 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.hooks.table import probe
+from vllm_trace.packing import (
+    ALLOCATED,
+    CACHED,
+    I16,
+    NO_HIT,
+    NO_HIT_BLOCKS,
+    ONE_HASH,
+    ONE_ID,
+    SCHEDULED,
+    TAKEN,
+    U32,
+    U64,
+    UPDATED,
+    pack_allocated,
+    pack_cached,
+    pack_scheduled,
+    pack_taken,
+    pack_updated,
+)
 from vllm_trace.recorder import Recorder
 
 LOW_64 = (1 << 64) - 1
@@ -60,9 +79,6 @@ hash_of = attrgetter("block_hash")
 
 def ids_of(groups: Any) -> BlockIds:
     """Block ids per KV-cache group of vLLM's lists of blocks."""
-    if len(groups) == 1 and len(groups[0]) == 1:
-        # What a request that decodes gets when it gets a block; tuples are cheaper than lists.
-        return ((groups[0][0].block_id,),)
     return [[*map(id_of, blocks)] for blocks in groups]
 
 
@@ -236,12 +252,29 @@ def allocate_slots(
     new_computed_blocks,
 ):
     if result is self.empty_kv_cache_blocks and new_computed_blocks is None:
-        keep(request)
+        if recorder.tight:
+            keep(request)
     elif result is None:
         free = self.block_pool.free_block_queue.num_free_blocks
         number = numbers[request.request_id]
-        kept = len(recorder.kept)
+        kept = len(recorder.kept) if recorder.tight else -1
         append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free, kept))
+    elif not num_new_computed_tokens and len(result.blocks) == 1 == len(result.blocks[0]):
+        # A request that decodes got its next block.
+        append(
+            pack_allocated(
+                ALLOCATED,
+                numbers[request.request_id],
+                U32,
+                num_new_tokens,
+                NO_HIT,
+                result.blocks[0][0].block_id,
+                NO_HIT_BLOCKS,
+                self.block_pool.free_block_queue.num_free_blocks,
+                I16,
+                len(recorder.kept) if recorder.tight else -1,
+            )
+        )
     else:
         append(
             SlotsAllocated(
@@ -251,7 +284,7 @@ def allocate_slots(
                 ids_of(result.blocks),
                 ids_of(new_computed_blocks.blocks) if num_new_computed_tokens else (),
                 self.block_pool.free_block_queue.num_free_blocks,
-                len(recorder.kept),
+                len(recorder.kept) if recorder.tight else -1,
             )
         )
 
@@ -286,7 +319,7 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 @probe()
 def get_new_blocks(append, num_blocks, result):
     if num_blocks == 1:
-        append(BlocksTaken((result[0].block_id,)))
+        append(pack_taken(TAKEN, result[0].block_id))
     else:
         append(BlocksTaken([*map(id_of, result)]))
 
@@ -310,14 +343,19 @@ def cache_full_blocks(
     if num_full_blocks - num_cached_blocks == 1:
         # A request that decodes fills one block at a time: no list is made for it.
         block = blocks[num_cached_blocks]
-        if block.block_hash:
+        key = block._block_hash  # `block_hash` is a property: a call
+        if key:
             append(
-                BlocksCached(
+                pack_cached(
+                    CACHED,
                     numbers[request.request_id],
                     kv_cache_group_id,
+                    U32,
                     num_cached_blocks,
-                    (block.block_id,),
-                    hash_in_key(block.block_hash, -12),
+                    ONE_ID,
+                    block.block_id,
+                    ONE_HASH,
+                    key[-12:-4],
                 )
             )
     # Null blocks and those that a sliding window will never hit again get no hash.
@@ -351,24 +389,40 @@ def reset_prefix_cache(append, result):
 # preempts lets nobody in, so there would be fewer): the same requests in the same order, which needs
 # no comparing of names.
 
-# The rest of such a step. Given rather than left out: msgspec makes a new list for each default that
-# is one.
-AS_IN_LAST_STEP: tuple[Any, ...] = (None, None, (), (), (), (), {}, ())
+# Most calls of ``allocate_slots`` need no block, and where those stand among the others follows from
+# the composition of the step; unless somebody was preempted, for who had been scheduled and then gave
+# way is in no composition. So these calls are noted one by one only in a step that might preempt:
+# one that begins with fewer free blocks than it could ask for (``recorder.tight``).
 
 
 @probe()
 def schedule(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
-    running, waiting, kept = len(self.running), len(self.waiting), len(recorder.kept)
+    running, waiting = len(self.running), len(self.waiting)
+    kept = len(recorder.kept) if recorder.tight else -1
     scheduled = len(result.num_scheduled_tokens)
     uniform = scheduled == running == result.total_num_scheduled_tokens
     if uniform and scheduled == recorder.steady and not result.finished_req_ids:
         append(
-            StepScheduled(
-                step, started, ended - started, running, waiting, free, kept, *AS_IN_LAST_STEP
+            pack_scheduled(
+                SCHEDULED,
+                step,
+                U64,
+                started,
+                U64,
+                ended - started,
+                U32,
+                running,
+                U32,
+                waiting,
+                U32,
+                free,
+                I16,
+                kept,
             )
         )
+        recorder.tight = free < recorder.steady_need
     else:
         recorder.steady = scheduled if uniform else -1
         append(
@@ -385,7 +439,27 @@ def schedule(append, recorder, next_step, result, started, ended, self):
                 kept_in_step(recorder, result),
             )
         )
-    recorder.kept.clear()
+        recorder.steady_need, need = blocks_a_step_may_need(self)
+        recorder.tight = free < (recorder.steady_need if uniform else need)
+    if recorder.kept:
+        recorder.kept.clear()
+
+
+def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
+    """Upper bounds for what the requests that run now can ask for in the next step.
+
+    The first for when each decodes, the second for when some are within their prompt.
+    """
+    manager, running = scheduler.kv_cache_manager, len(scheduler.running)
+    groups = len(manager.kv_cache_config.kv_cache_groups)
+    ahead = scheduler.num_lookahead_tokens + getattr(scheduler, "num_spec_tokens", 0)
+    smallest = min(
+        (group.kv_cache_spec.block_size for group in manager.kv_cache_config.kv_cache_groups),
+        default=1,
+    )
+    decoding = running * (2 + ahead // smallest)
+    budget = -(-scheduler.max_num_scheduled_tokens // smallest)
+    return groups * decoding, groups * (decoding + budget)
 
 
 @probe()
@@ -445,14 +519,24 @@ def kept_in_step(rec: Recorder, out: Any) -> Any:
 
 @probe(flush=True)
 def update_from_output(append, recorder, started, ended, scheduler_output, model_runner_output):
-    append(
-        StepUpdated(
-            getattr(scheduler_output, "vtrace_step", 0),
-            started,
-            ended - started,
-            *outcome_of_step(recorder, scheduler_output, model_runner_output),
+    step = getattr(scheduler_output, "vtrace_step", 0)
+    sampled = model_runner_output.sampled_token_ids
+    if (
+        # One each: nobody gets two without speculation, so nobody got none.
+        len(scheduler_output.num_scheduled_tokens) == len(sampled) == sum(map(len, sampled))
+        and not scheduler_output.scheduled_spec_decode_tokens
+        and not recorder.options.tokens
+    ):
+        append(pack_updated(UPDATED, step, U64, started, U64, ended - started))
+    else:
+        append(
+            StepUpdated(
+                step,
+                started,
+                ended - started,
+                *outcome_of_step(recorder, scheduler_output, model_runner_output),
+            )
         )
-    )
 
 
 @probe()

@@ -20,7 +20,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_trace.errors import TraceError
-from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, BlocksTaken, RequestFreed, RequestSeen
+from vllm_trace.events import (
+    SCHEMA_VERSION,
+    BlocksFreed,
+    BlocksTaken,
+    RequestFreed,
+    RequestSeen,
+    SlotsAllocated,
+    SlotsRefused,
+    StepScheduled,
+)
 from vllm_trace.tracefile import MAGIC, MAX_RAW, TraceFile, TraceWriter
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "test", "pid": 1}
@@ -50,6 +59,27 @@ def tail_of(path):
 
 
 # Whole files ------------------------------------------------------------------------------
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.booleans())
+def test_silent_calls_are_counted_from_the_composition_when_they_were_not_noted(silent, refused):
+    """A request of the step is silent or gets a block; who is refused is in no step and comes last."""
+    counted, plain, num_silent = [], [], 0
+    for request, is_silent in enumerate(silent):
+        num_silent += is_silent
+        if not is_silent:
+            counted.append(SlotsAllocated(request, 1, 0, [[request + 7]], [], 99, num_silent))
+            plain.append(SlotsAllocated(request, 1, 0, [[request + 7]], [], 99, -1))
+    if refused:
+        counted.append(SlotsRefused(50, 1, 0, 99, num_silent))
+        plain.append(SlotsRefused(50, 1, 0, 99, -1))
+    requests = [*range(len(silent))]
+    for events, kept in (counted, num_silent), (plain, -1):
+        events.append(StepScheduled(1, 5, 5, 9, 9, 9, kept, requests, [1] * len(requests)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "main-1.vtrace"
+        write(path, [plain])
+        assert counted == read(path)[0]
 
 
 @given(batches, st.sampled_from([256, SMALL_TAIL, 1 << 16]), st.booleans())

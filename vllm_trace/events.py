@@ -131,7 +131,8 @@ class SlotsAllocated(Event, tag=7):
     hit_blocks: BlockIds
     num_free_blocks: int
     num_kept: int = 0
-    """Calls in this step before this one that needed no block and left no event."""
+    """Calls in this step before this one that needed no block and left no event. On disk -1 stands
+    for "see the step's composition", here, in ``slots.refused`` and in ``step.scheduled``."""
 
 
 class SlotsRefused(Event, tag=9):

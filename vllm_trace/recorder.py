@@ -30,7 +30,8 @@ from vllm_trace.events import (
     StepScheduled,
 )
 from vllm_trace.options import Options
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.packing import list_head
+from vllm_trace.tracefile import SUFFIX, TraceWriter, encoded
 
 MAX_PENDING = 1_000_000
 """Captures held before a flush is forced; reached only when no step ever ends."""
@@ -69,8 +70,12 @@ class Recorder:
         self.next_step: Callable[[], int] = count(1).__next__
         """Numbers the steps that this process schedules."""
         self.kept: list[Any] = []
-        """Requests for which ``allocate_slots`` needed no new block, since the last step."""
+        """Requests for which ``allocate_slots`` needed no new block, since the last step; in tight steps."""
         self.keep: Callable[[Any], None] = self.kept.append
+        self.tight = True
+        """The step may run out of blocks, see ``patches/scheduler_probes.py``."""
+        self.steady_need = 0
+        """Blocks that a steady step may ask for."""
         self.steady = -1
         """How many requests decode in the steady steps that are going on; -1 when none are."""
         self.planned: tuple[int, ...] | None = None
@@ -111,7 +116,7 @@ class Recorder:
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
-        self.steady, self.planned = -1, None
+        self.steady, self.planned, self.tight = -1, None, True
         self.state.clear()
 
     # Requests -------------------------------------------------------------------------
@@ -169,7 +174,12 @@ class Recorder:
             if self._plain or self._prepare():
                 writer = self.writer
                 assert writer is not None
-                writer.write(pending)
+                number = len(pending)
+                try:
+                    data = b"".join(pending)
+                except TypeError:  # not only bytes
+                    data = b"".join(map(encoded, pending))
+                writer.write_encoded(list_head(number) + data, number)
                 if writer.failure:
                     self._tell_failure()
         except Exception as error:

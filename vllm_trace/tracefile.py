@@ -36,7 +36,16 @@ import msgspec
 import zstandard
 
 from vllm_trace.errors import TraceError
-from vllm_trace.events import SCHEMA_VERSION, AnyEvent, Event, StepScheduled, StepUpdated
+from vllm_trace.events import (
+    SCHEMA_VERSION,
+    AnyEvent,
+    Event,
+    SlotsAllocated,
+    SlotsRefused,
+    StepScheduled,
+    StepUpdated,
+)
+from vllm_trace.packing import list_head
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
@@ -67,6 +76,11 @@ _decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def encoded(event: Event | bytes) -> bytes:
+    """The MessagePack of an event; one that was made as bytes is it already."""
+    return event if type(event) is bytes else _encode(event)
 
 
 class TraceWriter:
@@ -118,18 +132,21 @@ class TraceWriter:
 
     def write(self, events: list[Event]) -> None:
         """Add one batch. It is safe from ``kill -9`` when this returns."""
-        data = _encode(events)
+        self.write_encoded(list_head(len(events)) + b"".join(map(encoded, events)), len(events))
+
+    def write_encoded(self, data: bytes, num_events: int) -> None:
+        """The same for a batch that is MessagePack already, its list head included."""
         begin = self._used
         end = begin + 4 + len(data)
         if end > self._tail_end:
-            self._write_around_tail(events, data)
+            self._write_around_tail(data, num_events)
             return
         tail = self._tail
         tail[begin + 4 : end] = data
         # The size goes in last: until then the batch does not exist for a reader.
         _put_size(tail, begin, len(data))
         self._used = end
-        self.num_events += len(events)
+        self.num_events += num_events
 
     def write_steady_step(self, planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:
         """Add a batch of a ``step.scheduled`` like the last one and its ``step.updated``.
@@ -154,18 +171,18 @@ class TraceWriter:
         self.num_events += 2
         return True
 
-    def _write_around_tail(self, events: list[Event], data: bytes) -> None:
+    def _write_around_tail(self, data: bytes, num_events: int) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
         self.flush_tail()
         if self.failure:
-            self._drop(len(events))
+            self._drop(num_events)
         elif _TAIL.size + 4 + len(data) > self._tail_end:
             if self._write_events(_SIZE.pack(len(data)) + data):
-                self.num_events += len(events)
+                self.num_events += num_events
             else:
-                self._drop(len(events))
+                self._drop(num_events)
         else:
-            self.write(events)
+            self.write_encoded(data, num_events)
 
     def flush_tail(self) -> None:
         """Compress the tail's batches into a frame and begin a new one."""
@@ -335,6 +352,8 @@ class TraceFile:
         self._num_tokens: list[int] = []
         self._sizes: dict[int, int] = {}
         """Requests in each step whose results are not in yet."""
+        self._calls: list[SlotsAllocated | SlotsRefused] = []
+        """Of the step that is being scheduled, without a count of the silent calls before them."""
         self._full = self.header.get("level") != "light"
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
@@ -395,6 +414,12 @@ class TraceFile:
                     event.num_tokens = self._num_tokens
                 self._requests, self._num_tokens = event.requests, event.num_tokens
                 self._sizes[event.step] = len(event.requests)
+                if event.num_kept < 0:
+                    _count_kept(event, self._calls)
+                self._calls.clear()
+            elif type(event) is SlotsAllocated or type(event) is SlotsRefused:
+                if event.num_kept < 0:
+                    self._calls.append(event)
             elif type(event) is StepUpdated:
                 size = self._sizes.pop(event.step, None)
                 if event.num_output_tokens is None and size is not None and self._full:
@@ -431,6 +456,23 @@ class TraceFile:
         for _ in self.batches():
             pass
         return self
+
+
+def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused]) -> None:
+    """Put in how many silent calls stood before each of ``calls``: vLLM asks in the step's order.
+
+    Who is refused in a step that preempts nobody is new, and asks after all that run.
+    """
+    assert step.requests is not None
+    told = 0
+    placed = {call.request for call in calls}.intersection(step.requests)
+    step.num_kept = len(step.requests) - len(placed)
+    for call in calls:
+        if call.request in placed:
+            call.num_kept = step.requests.index(call.request) - told
+            told += 1
+        else:
+            call.num_kept = step.num_kept
 
 
 def _tail_batches(path: Path, num_frames: int) -> Iterator[bytes]:

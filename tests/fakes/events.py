@@ -33,7 +33,10 @@ def of_type(hint: Any) -> st.SearchStrategy[Any]:
 
 def of_struct(cls: type[Any]) -> st.SearchStrategy[Any]:
     hints = get_type_hints(cls)
-    return st.builds(cls, **{name: of_type(hints[name]) for name in cls.__struct_fields__})
+    fields = {name: of_type(hints[name]) for name in cls.__struct_fields__}
+    if "num_kept" in fields:
+        fields["num_kept"] = st.integers(0, 2**64 - 1)  # below 0 a reader works it out
+    return st.builds(cls, **fields)
 
 
 events = st.sampled_from(EVENT_TYPES).flatmap(of_struct)

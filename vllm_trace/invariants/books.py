@@ -37,6 +37,7 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.invariants.registry import Violation, version_of
+from vllm_trace.invariants.windows import PassedBlocks
 
 NULL_BLOCK = 0
 
@@ -137,6 +138,7 @@ class Books:
         self.hashes_per_block = [
             max(1, size // (event.hash_block_size or size)) for size in self.block_sizes
         ]
+        self.windows = [group.sliding_window for group in event.groups]
         self.windowed = [
             index
             for index, group in enumerate(event.groups)
@@ -184,6 +186,7 @@ class Books:
         """Per process the last step that it executed."""
         self.freed: list[tuple[int, BlocksFreed]] = []
         """``blocks.freed`` that no ``request.freed`` has explained yet."""
+        self.passed = PassedBlocks()
         self._touched: set[int] = set()
         self._order: list[int] = []
         self._ends: list[int] = []
@@ -298,6 +301,8 @@ class Books:
     def blocks_taken(self, event: BlocksTaken) -> None:
         self.scheduling = True
         blocks, refs = event.blocks, self.ref_cnts
+        if self.windowed:
+            self.passed.forget(blocks)
         at = (self.number, self.step + 1)
         self.last_pool_event = "blocks.taken"
         if (
@@ -415,24 +420,43 @@ class Books:
         self.scheduling = True
         self.settle(event.request)
 
-    def settle(self, request: int | None = None) -> None:
+    def settle(self, caller: int | None = None) -> None:
         """Blocks freed without their request: a sliding window moved on, they are null now."""
         if self.freed:
             if self.windowed:
+                self.catch_up()
                 for _, event in self.freed:
-                    for block in filter(None, event.blocks):
-                        self._null(block, request)
+                    blocks = [block for block in reversed(event.blocks) if block]
+                    if blocks:
+                        for block in self.passed.take_out(
+                            blocks, self._windowed_rows(caller), self._is_passed
+                        ):
+                            self._let_go(block)
             self.freed.clear()
 
-    def _null(self, block: int, request: int | None) -> None:
-        candidates = [] if request is None else [request]
-        for candidate in (*candidates, *self.tables):
-            table = self.tables.get(candidate, ())
-            for group in self.windowed:
-                if group < len(table) and block in table[group]:
-                    table[group][table[group].index(block)] = NULL_BLOCK
-                    self._let_go(block)
-                    return
+    def _windowed_rows(self, first: int | None = None) -> list[tuple[int, int, list[int]]]:
+        """(request, group, row) of the groups with a window; those of one request first."""
+        order = [first, *self.tables] if first in self.tables else [*self.tables]
+        return [
+            (request, group, self.tables[request][group])
+            for request in dict.fromkeys(order)
+            for group in self.windowed
+        ]
+
+    def _is_passed(self, request: int, group: int, place: int) -> bool:
+        seen_from = self.computed.get(request, 0) - (self.windows[group] or 0) + 1
+        return (place + 1) * self.block_sizes[group] <= seen_from
+
+    def before_request_freed(self, event: RequestFreed) -> None:
+        """What a request with windows gives back says what it had left behind before."""
+        if not self.windowed or event.request not in self.tables:
+            return
+        rows = self._windowed_rows(event.request)
+        for (_, freed), group in zip(self.freed[-len(self.block_sizes) :], range(1 << 30)):
+            if group in self.windowed:
+                row = self.tables[event.request][group]
+                given = [block for block in reversed(freed.blocks) if block]
+                self.passed.settle_row(event.request, group, row, given, rows)
 
     # Steps ----------------------------------------------------------------------------
 
@@ -513,6 +537,9 @@ class Books:
                         rows.lives.pop(request, None)
                         rows.changed.discard(request)
 
+
+FIRST: dict[type[Event], Any] = {RequestFreed: Books.before_request_freed}
+"""What ``books`` does before any rule looks at the event."""
 
 HANDLERS: dict[type[Event], Any] = {
     RequestArrived: Books.request_arrived,

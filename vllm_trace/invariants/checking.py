@@ -27,7 +27,7 @@ from vllm_trace.events import (
     SlotsAllocated,
     SlotsRefused,
 )
-from vllm_trace.invariants.books import HANDLERS, Books
+from vllm_trace.invariants.books import FIRST, HANDLERS, Books
 from vllm_trace.invariants.registry import Invariant, Violation, choose
 from vllm_trace.invariants.story import concerns, describe
 from vllm_trace.trace import Record, Trace, read_trace
@@ -304,6 +304,8 @@ class _Engine:
     def compile(self) -> None:
         """For each kind of event: the rules before, the books, the rules after."""
         self.plan = {kind: [(handler, None)] for kind, handler in HANDLERS.items()}
+        for kind, handler in FIRST.items():
+            self.plan[kind].insert(0, (handler, None))
         open_ = {id(each) for each in self.judge.open}
         for judgement, rule in self.rules:
             if id(judgement) not in open_:
@@ -314,7 +316,8 @@ class _Engine:
                 calls = self.plan.setdefault(KINDS[kind], [])
                 call = (getattr(rule, name) if name else rule, judgement)
                 # Before the books: in the order of the rules, so each goes where the books are.
-                place = next((i for i, (_, owner) in enumerate(calls) if owner is None), len(calls))
+                places = [i for i, (_, owner) in enumerate(calls) if owner is None]
+                place = places[-1] if places else len(calls)
                 calls.insert(place if before else len(calls), call)
 
 

@@ -46,7 +46,6 @@ class Replay:
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
         settings = config.settings
         self.settings = settings
-        self.names = trace.names
         self.block_size = config.block_size
         self.told: list[Fact] = []
         self.expected: list[Fact] = []
@@ -134,7 +133,6 @@ class Replay:
     # What is told of requests -----------------------------------------------------------
 
     def arrive(self, event: RequestArrived) -> Request:
-        self.names[event.request] = event.request_id
         self.num_hashes_told[event.request] = len(event.block_hashes)
         request = self.requests[event.request] = Request(
             event.request,

@@ -72,8 +72,10 @@ class Writer:
             self.batch.append(ev.PrefixLookedUp(*fields[:3], fields[3] or [[]], []))
         elif kind == "blocks.cached":
             _, group, ids, hashes = fields
-            first = self.manager.requests[request].tables[0].index(
-                self.manager.block_pool.blocks[ids[0]]
+            first = (
+                self.manager.requests[request]
+                .tables[0]
+                .index(self.manager.block_pool.blocks[ids[0]])
             )
             self.batch.append(ev.BlocksCached(request, group, first, ids, hashes))
         elif kind == "slots.allocated":

@@ -118,9 +118,27 @@ def against_sql(trace: Path, folder: Path, rounds: int) -> dict[str, Any]:
     if importlib.util.find_spec("bench.sql_invariants") is None:
         return {"absent": "bench/sql_invariants.py is not in this checkout"}
     from bench import sql_invariants
-    from vllm_trace.export.parquet import ParquetExporter
+    from vllm_trace.invariants.checking import check
+    from vllm_trace.trace import read_trace
 
-    raise NotImplementedError((sql_invariants, ParquetExporter, rounds, trace, folder))
+    command = [sys.executable, "-m", "vllm_trace", "export", str(trace), "--to", "parquet"]
+    subprocess.run([*command, "-o", str(folder)], check=True, cwd=ROOT, capture_output=True)
+    rules = [*sql_invariants.RULES]  # without those that SQL cannot say
+    took: dict[str, list[float]] = {"check": [], "sql": []}
+    for _ in range(rounds):
+        began = process_time()
+        report = check(read_trace(trace), rules)
+        took["check"].append(process_time() - began)
+        assert not report.of("violated")
+        began = process_time()
+        assert not any(sql_invariants.run(folder).values())
+        took["sql"].append(process_time() - began)
+    return {
+        "rules": rules,
+        "check_s": statistics.median(took["check"]),
+        "sql_s": statistics.median(took["sql"]),
+        "ratios": [sql / own for sql, own in zip(took["sql"], took["check"])],
+    }
 
 
 def read(what: str, path: Path) -> dict[str, Any]:
@@ -147,7 +165,9 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
         times = f"{kind['vllm_us']:.2f} µs / {kind['mini_us']:.2f} µs = "
         target = f"≥ {kind['target']:g}×" if kind["target"] else ""
         ratio = f"{times}{statistics.median(kind['ratios']):.2f}×"
-        made.append((f"mini against vLLM: {kind['name']}", ratio, f"{low:.2f} … {high:.2f}", target))
+        made.append(
+            (f"mini against vLLM: {kind['name']}", ratio, f"{low:.2f} … {high:.2f}", target)
+        )
     speed = figures["speed"]
     per_event = 1 + speed["silent_calls"] / speed["num_events"]
     for name, (low, median, high) in speed["events_per_s"].items():

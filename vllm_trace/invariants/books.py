@@ -7,6 +7,7 @@ for speed and for doubt: it counts references and holders apart, and forgets wha
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from itertools import repeat
 from operator import add
@@ -104,8 +105,11 @@ class Books:
     While a rule looks at an event, ``number`` is the event's and ``process`` who told it.
     """
 
-    def __init__(self, names: dict[int, str] | None = None) -> None:
+    def __init__(self, names: dict[int, str] | None = None, names_kept: int = 1 << 62) -> None:
         self.names = names if names is not None else {}
+        self.names_kept = names_kept
+        """Names of requests that are over are forgotten but for so many: a long trace has many."""
+        self._over: deque[int] = deque()
         self.number = 0
         self.process = 0
         self.workers: set[int] = set()
@@ -263,6 +267,9 @@ class Books:
             self.told[event.request] = first + len(event.new_hashes)
 
     def request_finished(self, event: RequestFinished) -> None:
+        self._over.append(event.request)
+        if len(self._over) > self.names_kept:
+            self.names.pop(self._over.popleft(), None)
         self._drop(event.request)
         for known in (self.computed, self.num_prompt_tokens, self.block_hashes, self.told):
             known.pop(event.request, None)
@@ -289,8 +296,7 @@ class Books:
                 break
             self.plans[step].left.setdefault(request, table)
         for row in table:
-            for block in filter(None, row):
-                self._let_go(block)
+            self._let_go_of(row)
 
     def planned_table(self, plan: Plan, request: int) -> Table | None:
         """The request's table in the life that was planned; it has only grown since."""
@@ -331,8 +337,15 @@ class Books:
         self.last_pool_event = "blocks.freed"
 
     def _set_counts(self, event: BlocksTouched | BlocksFreed) -> None:
-        refs = self.ref_cnts
-        for block, count in zip(event.blocks, event.ref_cnts, strict=True):
+        refs, blocks = self.ref_cnts, event.blocks
+        given_up = len(event.ref_cnts) == len(blocks) and not any(event.ref_cnts)
+        if given_up and [*map(self.held.get, blocks)].count(1) == len(blocks):
+            # A request that shares nothing gives back: each is held, and counts nothing from here on.
+            for block in blocks:
+                refs.pop(block, None)
+            self.unbalanced.update(blocks)
+            return
+        for block, count in zip(blocks, event.ref_cnts, strict=True):
             if block:
                 if count > 0:
                     refs[block] = count
@@ -367,6 +380,17 @@ class Books:
         else:
             self.held.pop(block, None)
         self._weigh(block)
+
+    def _let_go_of(self, blocks: list[int]) -> None:
+        """The same for many, all at once where nobody else holds or counts any of them."""
+        held, refs = self.held, self.ref_cnts
+        if [*map(held.get, blocks)].count(1) == len(blocks) and refs.keys().isdisjoint(blocks):
+            for block in blocks:
+                del held[block]
+            self.unbalanced.difference_update(blocks)
+            return
+        for block in filter(None, blocks):
+            self._let_go(block)
 
     def blocks_cached(self, event: BlocksCached) -> None:
         hashes = self.hashes

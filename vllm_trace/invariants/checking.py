@@ -35,6 +35,9 @@ from vllm_trace.trace import Record, Trace, read_trace
 STORY = 10
 """Events that are told before a violation."""
 
+NAMES_KEPT = 4096
+"""Requests that are over and may still be named in a message."""
+
 _IN_SCHEDULE = (
     PrefixLookedUp, BlocksTaken, BlocksTouched, BlockEvicted, SlotsAllocated, SlotsRefused,
     RequestPreempted,
@@ -286,7 +289,9 @@ class _Engine:
 
     def __init__(self, judge: _Judge) -> None:
         self.judge = judge
-        self.books = Books(judge.trace.names)
+        # A second reading finds all names again; of several processes, reading itself needs them.
+        kept = NAMES_KEPT if _is_one_process(judge.trace) else 1 << 62
+        self.books = Books(judge.trace.names, kept)
         self.plan: dict[type[Event], list[tuple[Any, Judgement | None]]] = {}
         self.rules: list[tuple[Judgement, Any]] = []
         self.configured = False
@@ -583,9 +588,13 @@ class _Judge:
             ]
 
 
+def _is_one_process(trace: Source) -> bool:
+    return type(trace) is Trace and len(trace.files) == 1
+
+
 def _batches(trace: Source) -> Iterator[tuple[int, Iterable[Event]]]:
     """(process, events) in the order of ``records``; whole batches where one process told all."""
-    if isinstance(trace, Trace) and len(trace.files) == 1:
+    if _is_one_process(trace):
         for batch in trace.files[0].batches():
             yield 0, batch
     else:

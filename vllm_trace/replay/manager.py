@@ -56,8 +56,9 @@ class ManagerReplay(Replay):
         """Scheduled and not answered yet."""
         self.steady = Steady()
         self.order: list[int] = []
+        self.counts: list[int] = []
         self.others: dict[int, int] = {}
-        """Of the last step: its requests; of those that are not steady, the tokens of each."""
+        """Of the last step: its requests and their tokens; the tokens of those that are not steady."""
         self.grown: set[int] = set()
         """Who got blocks in the step that is being scheduled."""
         self.called: set[int] = set()
@@ -198,11 +199,9 @@ class ManagerReplay(Replay):
         key, self.filled = self.filled, None
         if key is None or key == caller:
             return
-        num_tokens: int | None = 1
-        if key not in self.steady.members:
-            end = self.end
-            counts = dict(zip(end.requests, end.num_tokens)) if type(end) is StepScheduled else {}
-            num_tokens = counts.get(key)
+        end, num_tokens = self.end, None
+        if type(end) is StepScheduled and key in (end.requests or ()):
+            num_tokens = end.num_tokens[end.requests.index(key)]
         self._call(key, num_tokens)
 
     def _run_kept(self, count: int) -> None:
@@ -231,7 +230,7 @@ class ManagerReplay(Replay):
         requests, counts = event.requests or [], event.num_tokens or []
         if self.steps and not self.one_by_one:
             self._overlap()
-        if requests is not self.order or self.others:
+        if requests is not self.order or counts is not self.counts or self.others:
             self._sort(requests, counts)
         for key, num_tokens in self.others.items():
             if key not in self.called:
@@ -267,7 +266,7 @@ class ManagerReplay(Replay):
             for key, num_tokens in zip(requests, counts):
                 if num_tokens != 1 and key in members:
                     self.steady.leave(key)
-        self.order = requests
+        self.order, self.counts = requests, counts
         self.others = {key: n for key, n in zip(requests, counts) if key not in members}
 
     def _advance(self) -> None:

@@ -1,7 +1,7 @@
-"""What tracing costs, and how fast the oracle is: ``make bench``, or ``python -m bench [--quick] [--json] [-o FOLDER]``.
+"""What tracing costs, and how fast the oracle is: ``python -m bench [--quick] [--json] [--only PART] [-o FOLDER]``.
 
-Prints tables and writes ``capture`` and ``oracle``, each as ``.md`` and ``.json``. Nothing here passes or fails: figures
-stand beside their targets and beside the noise of the machine.
+Prints tables and writes ``capture`` and ``oracle``, each as ``.md`` and ``.json``. Nothing here passes or
+fails: the figures stand beside their targets and beside the noise of the machine.
 """
 
 from __future__ import annotations

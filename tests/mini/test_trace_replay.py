@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
 from vllm_trace.invariants.checking import check as check_invariants
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import read_trace
 

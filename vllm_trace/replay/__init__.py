@@ -91,9 +91,12 @@ def replay(trace: Trace, mode: str) -> Replayed:
         elif driver is not None and not result.not_judged and not result.divergence:
             _run(driver, segment, result, trace)
     if driver is None and not result.not_judged:
+        problems = trace.problems
         raise TraceError(
-            "this trace has no engine in it", hint="Was the process of the scheduler traced?"
+            "this trace has no engine in it" + (f": {problems[0]}" if problems else ""),
+            hint="Was the process of the scheduler traced, and from its start?",
         )
+    result.not_judged += _missing_workers(trace, driver)
     result.not_judged += trace.problems
     return result
 
@@ -113,6 +116,23 @@ def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> No
         result.num_consumed += len(segment.events)
     result.num_compared += driver.num_compared - compared
     result.num_silent += driver.num_silent - silent
+
+
+def _missing_workers(trace: Trace, driver: Replay | None) -> list[str]:
+    """An engine with workers in processes of their own, of which not all were traced."""
+    roles = [file.header.get("role") for file in trace.files]
+    if driver is None or "engine" not in roles:
+        return []
+    settings = driver.settings
+    wanted = (settings.get("tensor_parallel_size") or 1) * (
+        settings.get("pipeline_parallel_size") or 1
+    )
+    if roles.count("worker") >= wanted:
+        return []
+    return [
+        f"{roles.count('worker')} of {wanted} worker processes are in the trace: the tables and slots"
+        " of the others' kernels were not compared"
+    ]
 
 
 def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:

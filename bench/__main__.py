@@ -1,7 +1,7 @@
-"""What tracing costs: ``make bench``, or ``python -m bench [--quick] [--json] [-o FOLDER]``.
+"""What tracing costs, and how fast the oracle is: ``python -m bench [--quick] [--json] [--only PART] [-o FOLDER]``.
 
-Prints a table and writes ``capture.md`` and ``capture.json``. Nothing here passes or fails: figures
-stand beside their targets and beside the noise of the machine.
+Prints tables and writes ``capture`` and ``oracle``, each as ``.md`` and ``.json``. Nothing here passes or
+fails: the figures stand beside their targets and beside the noise of the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, files, overhead, start
+from bench import arms, files, oracle, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,11 +41,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
     parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 40; quick 4)")
+    parser.add_argument("--only", choices=("capture", "oracle"), help="one of the two parts")
     asked = parser.parse_args()
     tell = Console(stderr=True, quiet=asked.json)
+    asked.output.mkdir(parents=True, exist_ok=True)
+    if asked.only != "capture":
+        measure_oracle(asked, tell)
+    if asked.only == "oracle":
+        return
     with tell.status("measuring") as status:
         figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
-    asked.output.mkdir(parents=True, exist_ok=True)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
     if asked.json:
@@ -53,6 +58,33 @@ def main() -> None:
     else:
         show(figures, Console(width=max(116, Console().width)))
         tell.print(f"Written: {asked.output}/capture.md and capture.json")
+
+
+def measure_oracle(asked: argparse.Namespace, tell: Console) -> None:
+    """``mini``, ``replay`` and ``check``: ``oracle.md`` and ``oracle.json``."""
+    with tell.status("measuring") as status:
+        figures = {"schema": 1, "about": about()} | oracle.measure(asked.quick, status.update)
+    figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
+    oracle.write(figures, asked.output, head_of(figures["about"]), _markdown_table)
+    if asked.json:
+        print(json.dumps(figures))
+    else:
+        table = Table(*oracle.HEADS, title="The oracle")
+        for row in oracle.rows(figures):
+            table.add_row(*row)
+        Console(width=max(116, Console().width)).print(table)
+        tell.print(f"Written: {asked.output}/oracle.md and oracle.json")
+
+
+def head_of(facts: dict[str, Any]) -> list[str]:
+    """Command, date, machine and versions, as a Markdown list."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [
+        f"- Command: `{facts['command']}` ({facts['seconds']} s)",
+        f"- Date: {facts['date']}",
+        f"- Machine: {facts['machine']}; used {facts['cores_used']}; load before {facts['load'][0]}",
+        f"- Versions: {versions}",
+    ]
 
 
 def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
@@ -212,7 +244,6 @@ def markdown(figures: dict[str, Any]) -> str:
     facts = figures["about"]
     steps = facts["steps"]
     low, high = steps["prompt_tokens"]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     how = HOW.format(
         low=low, high=high, boundaries=steps["requests"] / steps["block_size"], **steps
     )
@@ -220,10 +251,7 @@ def markdown(figures: dict[str, Any]) -> str:
         [
             "# What tracing costs",
             "",
-            f"- Command: `{facts['command']}` ({facts['seconds']} s)",
-            f"- Date: {facts['date']}",
-            f"- Machine: {facts['machine']}; used {facts['cores_used']}; load before {facts['load'][0]}",
-            f"- Versions: {versions}",
+            *head_of(facts),
             "",
             *_markdown_table(OVERHEAD_HEADS, rows_of_overhead(figures)),
             "",

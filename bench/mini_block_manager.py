@@ -7,7 +7,7 @@ running one gets one token more, some are admitted. They take turns, 50 rounds e
 and neither finds the caches full of the other's blocks at every call. After each turn all block ids that were handed
 out must be equal, and at the end the free queues and reference counts. Requests and hashes are made outside of the
 timing, so what is measured is the manager and not the hash function. Printed is vLLM's time over mini's, CPU time of
-the thread; of several repetitions the median.
+the thread less what reading its clock takes; of several repetitions the median.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Side:
         self.num_requests = 0
         self.spent = dict.fromkeys(KINDS, 0)
         self.calls = dict.fromkeys(KINDS, 0)
+        self.stretches = dict.fromkeys(KINDS, 0)
         self.handed_out: list = []
         shared = [[self.random.randrange(1000) for _ in range(1024)] for _ in range(8)]
         self.prefixes = [tokens[: BLOCK_SIZE * self.random.randrange(8, 64)] for tokens in shared]
@@ -60,6 +61,7 @@ class Side:
         results = [call(*each) for each in arguments]
         self.spent[kind] += thread_time_ns() - start
         self.calls[kind] += len(arguments)
+        self.stretches[kind] += 1
         return results
 
     def turn(self) -> list:
@@ -207,6 +209,37 @@ def run(operations: int, seed: int) -> tuple[Side, Side]:
     return real, mini
 
 
+def clock_ns() -> float:
+    """What reading the clock adds to a stretch: with microseconds a call it would favour the slower side."""
+    stretches = []
+    for _ in range(2000):
+        start = thread_time_ns()
+        stretches.append(thread_time_ns() - start)
+    return statistics.median(stretches)
+
+
+def measure(operations: int, seed: int, repeat: int) -> dict:
+    """Microseconds a call on both sides, and the ratio of each repetition, less what the clock costs."""
+    runs = [run(operations, seed) for _ in range(repeat)]
+    clock = clock_ns()
+
+    def each(side: Side, kind: str) -> float:
+        return (side.spent[kind] - clock * side.stretches[kind]) / side.calls[kind] / 1000
+
+    kinds = [
+        {
+            "name": name,
+            "target": target,
+            "calls": runs[0][0].calls[kind],
+            "vllm_us": statistics.median(each(real, kind) for real, _ in runs),
+            "mini_us": statistics.median(each(mini, kind) for _, mini in runs),
+            "ratios": [each(real, kind) / each(mini, kind) for real, mini in runs],
+        }
+        for kind, (name, target) in KINDS.items()
+    ]
+    return {"operations": sum(runs[0][0].calls.values()), "clock_ns": clock, "kinds": kinds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -215,22 +248,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    runs = [run(options.operations, options.seed) for _ in range(options.repeat)]
+    figures = measure(options.operations, options.seed, options.repeat)
 
     import vllm
 
     python = sys.version.split()[0]
     print(f"vLLM {vllm.__version__}, Python {python}, block size {BLOCK_SIZE}, {NUM_BLOCKS} blocks")
-    print(f"{sum(runs[0][0].calls.values())} operations, seed {options.seed}, every block id equal")
-    print(f"median of {options.repeat} repetitions in this run")
-    print(f"{'call':<32}{'calls':>8}{'vLLM us':>10}{'mini us':>10}{'ratio':>8}{'target':>8}")
-    for kind, (name, target) in KINDS.items():
-        calls = runs[0][0].calls[kind]
-        real_us = statistics.median(real.spent[kind] for real, _ in runs) / calls / 1000
-        mini_us = statistics.median(mini.spent[kind] for _, mini in runs) / calls / 1000
-        ratio = statistics.median(real.spent[kind] / mini.spent[kind] for real, mini in runs)
-        line = f"{name:<32}{calls:>8}{real_us:>10.2f}{mini_us:>10.2f}{ratio:>8.2f}"
-        print(f"{line}{target or '':>8}")
+    print(f"{figures['operations']} operations, seed {options.seed}, every block id equal")
+    print(f"median of {options.repeat} repetitions in this run, and their spread")
+    print(
+        f"{'call':<32}{'calls':>8}{'vLLM us':>10}{'mini us':>10}{'ratio':>8}{'spread':>15}{'target':>8}"
+    )
+    for kind in figures["kinds"]:
+        ratios = kind["ratios"]
+        line = (
+            f"{kind['name']:<32}{kind['calls']:>8}{kind['vllm_us']:>10.2f}{kind['mini_us']:>10.2f}"
+        )
+        spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
+        print(f"{line}{statistics.median(ratios):>8.2f}{spread:>15}{kind['target'] or '':>8}")
 
 
 if __name__ == "__main__":

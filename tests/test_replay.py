@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from vllm_trace import events as ev
+from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import Trace, read_trace
 from vllm_trace.tracefile import TraceFile
@@ -141,6 +142,36 @@ def test_an_unknown_release_is_not_judged_and_names_the_known_ones():
     result = replay(trace, "engine")
     assert not result.passed and result.divergence is None
     assert "0.99.0" in result.not_judged[0] and "0.32.0" in result.not_judged[0]
+
+
+def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path):
+    trace = read_trace(GOLD[0])
+    trace.files[0].header["role"] = "engine"
+    result = replay(trace, "manager")
+    assert result.divergence is None and not result.passed
+    assert "0 of 1 worker" in result.not_judged[0]
+
+
+def test_a_trace_cut_before_its_engine_says_that_it_is_cut(tmp_path):
+    path = tmp_path / "cut.vtrace"
+    path.write_bytes((Path(__file__).parent / "gold" / "mixed.vtrace").read_bytes()[:20_000])
+    with pytest.raises(TraceError, match=r"no engine in it: .*truncated"):
+        replay(read_trace(path), "manager")
+
+
+def test_silent_calls_are_replayed_and_counted_apart():
+    """What the trace only counts (``num_kept``) is judged too: mini makes every one of those calls."""
+    path = Path(__file__).parent / "gold" / "mixed.vtrace"
+    silent = sum(e.num_kept for e in read_trace(path).events() if type(e) is ev.StepScheduled)
+    assert silent > 0
+    assert [silent, silent] == [replay(read_trace(path), mode).num_silent for mode in MODES]
+
+
+def test_a_silent_call_that_should_have_filled_a_block_is_found():
+    lost = once(ev.BlocksCached, lambda event: [], lambda event: len(event.blocks) == 1)
+    result = replay(Tampered("long", lost), "manager")
+    assert result.divergence is not None
+    assert "16 blocks are full, 15 hashes known" in result.divergence.mini
 
 
 def test_a_truncated_trace_is_not_a_pass(tmp_path):

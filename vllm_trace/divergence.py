@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -40,12 +40,14 @@ class Divergence:
         return asdict(self)
 
 
-def describe(
-    difference: Any, manager: KVCacheManager, history: Sequence[Record], trace: Trace
-) -> Divergence:
-    """Put a difference into words, with ``mini``'s state as it is now."""
+def describe(difference: Any, manager: KVCacheManager, trace: Trace) -> Divergence:
+    """Put a difference into words, with ``mini``'s state as it is now; reads the trace up to it again."""
     pool = manager.block_pool
-    before = [record for record in history if record.number <= difference.number]
+    before: deque[Record] = deque(maxlen=STORY)
+    for record in trace.records():
+        if record.number > difference.number:
+            break
+        before.append(record)
     return Divergence(
         event=difference.number,
         kind=classify(difference.recorded, difference.mini),
@@ -59,7 +61,7 @@ def describe(
             for request in manager.requests
         },
         ref_cnts={block.block_id: block.ref_cnt for block in pool.blocks if block.ref_cnt > 0},
-        story=[_line(record, trace) for record in before[-STORY:]],
+        story=[_line(record, trace) for record in before],
         script=script(manager, difference),
     )
 

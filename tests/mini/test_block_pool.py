@@ -81,7 +81,7 @@ def test_too_few_hashes_is_an_error():
 
 def test_what_is_told():
     told = []
-    pool = BlockPool(3, tell=lambda *event: told.append(event))
+    pool = BlockPool(3, tell=told.append)
     blocks = pool.get_new_blocks(2)
     pool.cache_full_blocks("r", blocks, 0, 2, ["A", "B"], block_mask=[False, True])
     pool.free_blocks(reversed(blocks))
@@ -91,9 +91,9 @@ def test_what_is_told():
     pool.get_new_blocks(0)
     assert told == [
         ("blocks.taken", [1, 2]),
-        ("blocks.cached", "r", 0, 0, [1, 2], [None, "B"]),
+        ("blocks.cached", "r", 0, [2], ["B"]),
         ("blocks.freed", [2, 1], [0, 0]),
-        ("blocks.touched", [2]),
+        ("blocks.touched", [2], [1]),
         ("blocks.taken", [1]),
-        ("block.evicted", 2, "B"),
+        ("block.evicted", 2, ["B"]),
     ]

@@ -161,7 +161,8 @@ def test_worker_tables_are_the_managers():
     """Every step, every row and slot that the kernels read is what the manager holds for that request."""
     checked = []
 
-    def tell(kind, *fields):
+    def tell(fact):
+        kind, *fields = fact
         if kind != "batch.prepared":
             return
         step, req_ids, counts, tables, slots = fields
@@ -308,7 +309,8 @@ def on_mini(
 ):
     cached, preempted, kernels, steps = {}, [], set(), []
 
-    def tell(kind, *fields):
+    def tell(fact):
+        kind, *fields = fact
         if kind == "slots.allocated":
             cached.setdefault(
                 fields[0], fields[2]

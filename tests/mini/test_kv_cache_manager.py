@@ -36,7 +36,7 @@ def test_two_equal_prompts_in_one_step_share_blocks_before_they_are_computed():
 
 def test_refusal_changes_nothing():
     told = []
-    manager = KVCacheManager(4, [FullAttentionSpec(4)], 64, tell=lambda *event: told.append(event))
+    manager = KVCacheManager(4, [FullAttentionSpec(4)], 64, tell=told.append)
     assert manager.allocate_slots(prompt("a", 16, "ABCD"), 16) is None
     assert told == [("slots.refused", "a", 16, 3)]
     assert manager.get_block_ids("a") == ([],) and manager.block_pool.get_num_free_blocks() == 3
@@ -115,7 +115,7 @@ def test_null_head_is_freed_until_0_32():
             [SlidingWindowSpec(4, sliding_window=8)],
             64,
             rules=rules_for(release),
-            tell=lambda *event, told=told: told.append(event),
+            tell=told.append,
         )
         request = prompt("a", 12, "ABC")
         admit(manager, request)

@@ -10,11 +10,10 @@ from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
 
 def make(num_blocks=20, release="0.32.0", **config):
     told = []
-    tell = lambda *event: told.append(event)  # noqa: E731
     manager = KVCacheManager(
-        num_blocks, [FullAttentionSpec(4)], 64, rules=rules_for(release), tell=tell
+        num_blocks, [FullAttentionSpec(4)], 64, rules=rules_for(release), tell=told.append
     )
-    return Scheduler(manager, SchedulerConfig(**config), tell), told
+    return Scheduler(manager, SchedulerConfig(**config), told.append), told
 
 
 def add(scheduler, name, num_tokens, max_tokens=8, **options):
@@ -82,7 +81,6 @@ def test_preemption_takes_the_last_and_computes_it_again():
     # b would hit both of its blocks, but they are the only free ones and it needs a third.
     assert step(scheduler) == {"a": 1}
     assert told == [
-        ("slots.allocated", "a", 1, 0, [[]], 2),
         ("prefix.looked_up", "b", 9, 8, [[3, 4]]),
         ("slots.refused", "b", 1, 2),
         ("step.scheduled", 3, ["a"], [1]),

@@ -57,13 +57,13 @@ def wrap_real(scheduler, told):
         before = block.block_hash
         evicted = original(block)
         if evicted:
-            told.append(("block.evicted", block.block_id, plain(before)))
+            told.append(("block.evicted", block.block_id, [plain(before)]))
         return evicted
 
     def touch(original, blocks):
         original(blocks)
         if blocks:
-            told.append(("blocks.touched", ids(blocks)))
+            told.append(("blocks.touched", ids(blocks), [block.ref_cnt for block in blocks]))
 
     def free_blocks(original, ordered_blocks):
         blocks = list(ordered_blocks)
@@ -90,21 +90,15 @@ def wrap_real(scheduler, told):
             **kwargs,
         )
         full = blocks[num_cached_blocks:num_full_blocks]
+        full = [block for block in full if block.block_hash is not None]
         hashes = [plain(block.block_hash) for block in full]
-        told.append(
-            (
-                "blocks.cached",
-                request.request_id,
-                kv_cache_group_id,
-                num_cached_blocks,
-                ids(full),
-                hashes,
-            )
-        )
+        if full:
+            told.append(("blocks.cached", request.request_id, kv_cache_group_id, ids(full), hashes))
 
     def get_computed_blocks(original, request, *args):
         found = original(request, *args)
         table = list(found[0].get_block_ids())
+        table = table if any(table) else []
         told.append(("prefix.looked_up", request.request_id, request.num_tokens, found[1], table))
         return found
 
@@ -115,16 +109,10 @@ def wrap_real(scheduler, told):
             told.append(("slots.refused", request.request_id, num_new_tokens, free))
         else:
             new = list(blocks.get_block_ids())
-            told.append(
-                (
-                    "slots.allocated",
-                    request.request_id,
-                    num_new_tokens,
-                    num_new_computed_tokens,
-                    new,
-                    free,
-                )
-            )
+            new = new if any(new) else []
+            hit = num_new_computed_tokens
+            if new or hit:  # a call that needed no block is not told
+                told.append(("slots.allocated", request.request_id, num_new_tokens, hit, new, free))
         return blocks
 
     def free(original, request):
@@ -213,7 +201,7 @@ class Twins:
             rules=real.rules,
         )
         self.told, self.told_by_real = [], []
-        manager.tell = manager.block_pool.tell = lambda *event: self.told.append(event)
+        manager.tell = manager.block_pool.tell = self.told.append
         self.mini = Scheduler(manager, SchedulerConfig(**config), tell=manager.tell)
         wrap_real(self.real, self.told_by_real)
         self.hasher = get_request_block_hasher(BLOCK_SIZE, sha256, real.none_hash)

@@ -1,4 +1,7 @@
-"""Random workloads through vLLM's real Scheduler, traced by the real hooks, replayed: no divergence."""
+"""Random workloads through vLLM's real Scheduler, traced by the real hooks: no divergence, all invariants hold.
+
+A fixed number of examples; more of them with ``VTRACE_HYPOTHESIS_EXAMPLES=600 pytest tests/mini``.
+"""
 
 import random
 from collections import deque
@@ -7,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_trace.invariants.checking import check as check_invariants
 from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import read_trace
@@ -16,6 +20,12 @@ from .conftest import NUM_EXAMPLES, hypothesis_settings
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96
 STOP_TOKEN = 9
+WITHOUT_WORKERS = {
+    "blocks-conserved", "single-owner", "ref-counts", "freed-once", "freed-tail-first",
+    "nothing-held", "null-block", "hit-cached", "hash-chain", "evict-head", "preempt-needed",
+    "refusal-needed", "token-budget", "table-covers", "tables-grow",
+}  # fmt: skip
+"""Rules that a scheduler's own events can break."""
 GROUPS = {
     "full": [FullAttentionSpec(BLOCK_SIZE)],
     "window": [SlidingWindowSpec(BLOCK_SIZE, 12)],
@@ -161,6 +171,12 @@ def test_traces_of_random_workloads_replay(real, kind, tmp_path_factory):
             result = replay(trace, mode)
             assert result.divergence is None, (mode, result.divergence)
             assert result.passed, (mode, result.not_judged, result.num_consumed, result.num_events)
+        judged = check_invariants(read_trace(folder / "trace"))
+        assert [] == [j.violation or j.reason for j in judged.of("violated") + judged.of("raised")]
+        # Without a model there is no worker, and without caching no prefix: their rules have nothing to judge.
+        assert WITHOUT_WORKERS - {j.invariant.id for j in judged.of("holds")} <= (
+            set() if enable_caching else {"hit-cached", "hash-chain"}
+        )
         preempted.append(any(e.kind == "request.preempted" for e in trace.events()))
 
     check()

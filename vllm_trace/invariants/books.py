@@ -7,6 +7,7 @@ for speed and for doubt: it counts references and holders apart, and forgets wha
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from itertools import repeat
 from operator import add
@@ -37,6 +38,7 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.invariants.registry import Violation, version_of
+from vllm_trace.invariants.windows import PassedBlocks
 
 NULL_BLOCK = 0
 
@@ -103,8 +105,11 @@ class Books:
     While a rule looks at an event, ``number`` is the event's and ``process`` who told it.
     """
 
-    def __init__(self, names: dict[int, str] | None = None) -> None:
+    def __init__(self, names: dict[int, str] | None = None, names_kept: int = 1 << 62) -> None:
         self.names = names if names is not None else {}
+        self.names_kept = names_kept
+        """Names of requests that are over are forgotten but for so many: a long trace has many."""
+        self._over: deque[int] = deque()
         self.number = 0
         self.process = 0
         self.workers: set[int] = set()
@@ -137,6 +142,7 @@ class Books:
         self.hashes_per_block = [
             max(1, size // (event.hash_block_size or size)) for size in self.block_sizes
         ]
+        self.windows = [group.sliding_window for group in event.groups]
         self.windowed = [
             index
             for index, group in enumerate(event.groups)
@@ -184,6 +190,7 @@ class Books:
         """Per process the last step that it executed."""
         self.freed: list[tuple[int, BlocksFreed]] = []
         """``blocks.freed`` that no ``request.freed`` has explained yet."""
+        self.passed = PassedBlocks()
         self._touched: set[int] = set()
         self._order: list[int] = []
         self._ends: list[int] = []
@@ -260,6 +267,9 @@ class Books:
             self.told[event.request] = first + len(event.new_hashes)
 
     def request_finished(self, event: RequestFinished) -> None:
+        self._over.append(event.request)
+        if len(self._over) > self.names_kept:
+            self.names.pop(self._over.popleft(), None)
         self._drop(event.request)
         for known in (self.computed, self.num_prompt_tokens, self.block_hashes, self.told):
             known.pop(event.request, None)
@@ -286,8 +296,7 @@ class Books:
                 break
             self.plans[step].left.setdefault(request, table)
         for row in table:
-            for block in filter(None, row):
-                self._let_go(block)
+            self._let_go_of(row)
 
     def planned_table(self, plan: Plan, request: int) -> Table | None:
         """The request's table in the life that was planned; it has only grown since."""
@@ -298,6 +307,8 @@ class Books:
     def blocks_taken(self, event: BlocksTaken) -> None:
         self.scheduling = True
         blocks, refs = event.blocks, self.ref_cnts
+        if self.windowed:
+            self.passed.forget(blocks)
         at = (self.number, self.step + 1)
         self.last_pool_event = "blocks.taken"
         if (
@@ -326,8 +337,15 @@ class Books:
         self.last_pool_event = "blocks.freed"
 
     def _set_counts(self, event: BlocksTouched | BlocksFreed) -> None:
-        refs = self.ref_cnts
-        for block, count in zip(event.blocks, event.ref_cnts, strict=True):
+        refs, blocks = self.ref_cnts, event.blocks
+        given_up = len(event.ref_cnts) == len(blocks) and not any(event.ref_cnts)
+        if given_up and [*map(self.held.get, blocks)].count(1) == len(blocks):
+            # A request that shares nothing gives back: each is held, and counts nothing from here on.
+            for block in blocks:
+                refs.pop(block, None)
+            self.unbalanced.update(blocks)
+            return
+        for block, count in zip(blocks, event.ref_cnts, strict=True):
             if block:
                 if count > 0:
                     refs[block] = count
@@ -362,6 +380,17 @@ class Books:
         else:
             self.held.pop(block, None)
         self._weigh(block)
+
+    def _let_go_of(self, blocks: list[int]) -> None:
+        """The same for many, all at once where nobody else holds or counts any of them."""
+        held, refs = self.held, self.ref_cnts
+        if [*map(held.get, blocks)].count(1) == len(blocks) and refs.keys().isdisjoint(blocks):
+            for block in blocks:
+                del held[block]
+            self.unbalanced.difference_update(blocks)
+            return
+        for block in filter(None, blocks):
+            self._let_go(block)
 
     def blocks_cached(self, event: BlocksCached) -> None:
         hashes = self.hashes
@@ -415,24 +444,43 @@ class Books:
         self.scheduling = True
         self.settle(event.request)
 
-    def settle(self, request: int | None = None) -> None:
+    def settle(self, caller: int | None = None) -> None:
         """Blocks freed without their request: a sliding window moved on, they are null now."""
         if self.freed:
             if self.windowed:
+                self.catch_up()
                 for _, event in self.freed:
-                    for block in filter(None, event.blocks):
-                        self._null(block, request)
+                    blocks = [block for block in reversed(event.blocks) if block]
+                    if blocks:
+                        for block in self.passed.take_out(
+                            blocks, self._windowed_rows(caller), self._is_passed
+                        ):
+                            self._let_go(block)
             self.freed.clear()
 
-    def _null(self, block: int, request: int | None) -> None:
-        candidates = [] if request is None else [request]
-        for candidate in (*candidates, *self.tables):
-            table = self.tables.get(candidate, ())
-            for group in self.windowed:
-                if group < len(table) and block in table[group]:
-                    table[group][table[group].index(block)] = NULL_BLOCK
-                    self._let_go(block)
-                    return
+    def _windowed_rows(self, first: int | None = None) -> list[tuple[int, int, list[int]]]:
+        """(request, group, row) of the groups with a window; those of one request first."""
+        order = [first, *self.tables] if first in self.tables else [*self.tables]
+        return [
+            (request, group, self.tables[request][group])
+            for request in dict.fromkeys(order)
+            for group in self.windowed
+        ]
+
+    def _is_passed(self, request: int, group: int, place: int) -> bool:
+        seen_from = self.computed.get(request, 0) - (self.windows[group] or 0) + 1
+        return (place + 1) * self.block_sizes[group] <= seen_from
+
+    def before_request_freed(self, event: RequestFreed) -> None:
+        """What a request with windows gives back says what it had left behind before."""
+        if not self.windowed or event.request not in self.tables:
+            return
+        rows = self._windowed_rows(event.request)
+        for (_, freed), group in zip(self.freed[-len(self.block_sizes) :], range(1 << 30)):
+            if group in self.windowed:
+                row = self.tables[event.request][group]
+                given = [block for block in reversed(freed.blocks) if block]
+                self.passed.settle_row(event.request, group, row, given, rows)
 
     # Steps ----------------------------------------------------------------------------
 
@@ -513,6 +561,9 @@ class Books:
                         rows.lives.pop(request, None)
                         rows.changed.discard(request)
 
+
+FIRST: dict[type[Event], Any] = {RequestFreed: Books.before_request_freed}
+"""What ``books`` does before any rule looks at the event."""
 
 HANDLERS: dict[type[Event], Any] = {
     RequestArrived: Books.request_arrived,

@@ -27,13 +27,16 @@ from vllm_trace.events import (
     SlotsAllocated,
     SlotsRefused,
 )
-from vllm_trace.invariants.books import HANDLERS, Books
+from vllm_trace.invariants.books import FIRST, HANDLERS, Books
 from vllm_trace.invariants.registry import Invariant, Violation, choose
 from vllm_trace.invariants.story import concerns, describe
 from vllm_trace.trace import Record, Trace, read_trace
 
 STORY = 10
 """Events that are told before a violation."""
+
+NAMES_KEPT = 4096
+"""Requests that are over and may still be named in a message."""
 
 _IN_SCHEDULE = (
     PrefixLookedUp, BlocksTaken, BlocksTouched, BlockEvicted, SlotsAllocated, SlotsRefused,
@@ -286,7 +289,9 @@ class _Engine:
 
     def __init__(self, judge: _Judge) -> None:
         self.judge = judge
-        self.books = Books(judge.trace.names)
+        # A second reading finds all names again; of several processes, reading itself needs them.
+        kept = NAMES_KEPT if _is_one_process(judge.trace) else 1 << 62
+        self.books = Books(judge.trace.names, kept)
         self.plan: dict[type[Event], list[tuple[Any, Judgement | None]]] = {}
         self.rules: list[tuple[Judgement, Any]] = []
         self.configured = False
@@ -304,6 +309,8 @@ class _Engine:
     def compile(self) -> None:
         """For each kind of event: the rules before, the books, the rules after."""
         self.plan = {kind: [(handler, None)] for kind, handler in HANDLERS.items()}
+        for kind, handler in FIRST.items():
+            self.plan[kind].insert(0, (handler, None))
         open_ = {id(each) for each in self.judge.open}
         for judgement, rule in self.rules:
             if id(judgement) not in open_:
@@ -314,7 +321,8 @@ class _Engine:
                 calls = self.plan.setdefault(KINDS[kind], [])
                 call = (getattr(rule, name) if name else rule, judgement)
                 # Before the books: in the order of the rules, so each goes where the books are.
-                place = next((i for i, (_, owner) in enumerate(calls) if owner is None), len(calls))
+                places = [i for i, (_, owner) in enumerate(calls) if owner is None]
+                place = places[-1] if places else len(calls)
                 calls.insert(place if before else len(calls), call)
 
 
@@ -580,9 +588,13 @@ class _Judge:
             ]
 
 
+def _is_one_process(trace: Source) -> bool:
+    return type(trace) is Trace and len(trace.files) == 1
+
+
 def _batches(trace: Source) -> Iterator[tuple[int, Iterable[Event]]]:
     """(process, events) in the order of ``records``; whole batches where one process told all."""
-    if isinstance(trace, Trace) and len(trace.files) == 1:
+    if _is_one_process(trace):
         for batch in trace.files[0].batches():
             yield 0, batch
     else:

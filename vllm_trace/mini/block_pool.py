@@ -23,11 +23,13 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from itertools import compress
+from itertools import compress, repeat
+from typing import Any
 
 from .rules import Rules, rules_for
 
-Tell = Callable[..., None]
+Fact = tuple[Any, ...]  # what happened: (kind, *fields)
+Tell = Callable[[Fact], object]
 
 
 class KVCacheBlock:
@@ -124,6 +126,8 @@ class BlockHashToBlockMap(dict):
     `duplicates`, in the order in which they were cached, and the next one takes its place when it is evicted.
     """
 
+    __slots__ = ("duplicates",)
+
     def __init__(self):
         super().__init__()
         self.duplicates: dict[Hashable, list[KVCacheBlock]] = {}
@@ -145,7 +149,7 @@ class BlockHashToBlockMap(dict):
 class BlockPool:
     """All blocks, the free queue, and one hash map per KV cache group. Groups share the blocks.
 
-    `tell(kind, *fields)` hears `block.evicted`, `blocks.taken`, `blocks.touched`, `blocks.cached`, `blocks.freed`;
+    `tell((kind, *fields))` hears `block.evicted`, `blocks.taken`, `blocks.touched`, `blocks.cached`, `blocks.freed`;
     a call that concerns no block at all is not told.
     """
 
@@ -185,18 +189,20 @@ class BlockPool:
         for block in blocks:
             block.ref_cnt = 1
         if self.tell is not None and blocks:
-            self.tell("blocks.taken", [block.block_id for block in blocks])
+            self.tell(("blocks.taken", [block.block_id for block in blocks]))
         return blocks
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """One more owner for each block; a free one leaves the queue."""
         counted = blocks if self.rules.null_block_counted else _without_null(blocks)
         for block in counted:
-            if block.ref_cnt == 0 and not block.is_null:
+            ref_cnt = block.ref_cnt
+            if not ref_cnt and not block.is_null:
                 self.free_block_queue.remove(block)
-            block.ref_cnt += 1
+            block.ref_cnt = ref_cnt + 1
         if self.tell is not None and blocks:
-            self.tell("blocks.touched", [block.block_id for block in blocks])
+            ids, ref_cnts = [b.block_id for b in blocks], [b.ref_cnt for b in blocks]
+            self.tell(("blocks.touched", ids, ref_cnts))
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """One owner less for each block; those without an owner go back to the queue, first given, first reused."""
@@ -215,11 +221,8 @@ class BlockPool:
             self.free_block_queue.prepend_n(reuse_next)
         self.free_block_queue.append_n(reuse_last)
         if self.tell is not None and ordered_blocks:
-            self.tell(
-                "blocks.freed",
-                [b.block_id for b in ordered_blocks],
-                [b.ref_cnt for b in ordered_blocks],
-            )
+            ids = [block.block_id for block in ordered_blocks]
+            self.tell(("blocks.freed", ids, [block.ref_cnt for block in ordered_blocks]))
 
     def cache_full_blocks(
         self,
@@ -233,7 +236,7 @@ class BlockPool:
     ) -> None:
         """Give `blocks[num_cached_blocks:num_full_blocks]` their hashes, so that others can find them.
 
-        Null blocks, and blocks that `block_mask` leaves out, stay without one; they are told with hash None.
+        Null blocks, and blocks that `block_mask` leaves out, stay without one.
         Raises: ValueError when fewer hashes are known than blocks are full.
         """
         if len(block_hashes) < num_full_blocks:
@@ -242,19 +245,21 @@ class BlockPool:
             )
         full_blocks = blocks[num_cached_blocks:num_full_blocks]
         hashes = block_hashes[num_cached_blocks:num_full_blocks]
+        if block_mask is not None or (full_blocks and full_blocks[0].is_null):  # nulls stand first
+            wanted = block_mask or repeat(True)
+            mask = [not block.is_null and keep for block, keep in zip(full_blocks, wanted)]
+            full_blocks = [*compress(full_blocks, mask)]
+            hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
-        first_with = cached.setdefault
-        pairs = zip(full_blocks, hashes)
-        for block, block_hash in pairs if block_mask is None else compress(pairs, block_mask):
-            if block.is_null:
-                continue
+        found = map(cached.setdefault, hashes, full_blocks)
+        for block, block_hash, first in zip(full_blocks, hashes, found):
             block.block_hash = block_hash
             block.group_id = group_id
-            if first_with(block_hash, block) is not block:
+            if first is not block:
                 cached.add_duplicate(block_hash, block)
-        if self.tell is not None:
-            ids, kept = [b.block_id for b in full_blocks], [b.block_hash for b in full_blocks]
-            self.tell("blocks.cached", request, group_id, num_cached_blocks, ids, kept)
+        if self.tell is not None and full_blocks:
+            ids = [block.block_id for block in full_blocks]
+            self.tell(("blocks.cached", request, group_id, ids, hashes))
 
     def get_cached_block(
         self, block_hash: Hashable, group_ids: Sequence[int]
@@ -282,19 +287,19 @@ class BlockPool:
 
     def _evict(self, blocks: Iterable[KVCacheBlock]) -> None:
         """Forget the hashes of those blocks that have one."""
-        maps = self.cached_block_hash_to_block
+        maps, tell = self.cached_block_hash_to_block, self.tell
         for block in blocks:
             block_hash = block.block_hash
             if block_hash is None:
                 continue
             block.block_hash = None
             cached = maps[block.group_id]
-            if block_hash in cached.duplicates:
+            if cached.duplicates and block_hash in cached.duplicates:
                 cached.remove_duplicate(block_hash, block)
             else:
                 del cached[block_hash]
-            if self.tell is not None:
-                self.tell("block.evicted", block.block_id, block_hash)
+            if tell is not None:
+                tell(("block.evicted", block.block_id, [block_hash]))
 
 
 def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:

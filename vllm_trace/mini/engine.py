@@ -29,11 +29,12 @@ from .attention import (
 )
 from .block_pool import Tell
 from .block_table import BlockTable
-from .kv_cache_manager import FullAttentionSpec, KVCacheManager, cdiv
+from .kv_cache_manager import FullAttentionSpec, KVCacheManager
 from .model import LlamaForCausalLM, OPTForCausalLM, load_model
 from .request import Request, get_request_block_hasher, sha256
 from .rules import Rules, rules_for
 from .scheduler import Scheduler, SchedulerConfig, SchedulerOutput
+from .single_type_kv_cache_manager import cdiv
 
 
 @dataclass
@@ -49,7 +50,7 @@ class LLMEngine:
     """A model, a scheduler and a pool of blocks.
 
     Options have vLLM's names and meanings; `num_gpu_blocks` counts the null block.
-    `tell(kind, *fields)` hears the events of manager, scheduler and runner in the order in which they happen.
+    `tell((kind, *fields))` hears the events of manager, scheduler and runner in the order in which they happen.
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class ModelRunner:
         if self.tell is not None:
             tables = [self.block_table.get_row(row).tolist() for row in rows]
             told = scheduled.step, req_ids, counts.tolist(), tables, slots.tolist()
-            self.tell("batch.prepared", *told)
+            self.tell(("batch.prepared", *told))
         return InputBatch(
             req_ids=req_ids,
             num_decodes=int((counts == 1).sum()),
@@ -301,7 +302,8 @@ class ModelRunner:
         if n:
             if self.tell is not None:
                 numbers = int(seq_lens[:n].max()), n, self.model.num_heads
-                self.tell("attention.decoded", layer, "v1" if use_v1(*numbers) else "v2", *numbers)
+                version = "v1" if use_v1(*numbers) else "v2"
+                self.tell(("attention.decoded", layer, version, *numbers))
             out.append(forward_decode(query[:n], *caches, tables[:n], seq_lens[:n], self.scale))
         if n < len(batch.req_ids):
             chunks = tables[n:], batch.query_start_loc[n:] - n, seq_lens[n:]

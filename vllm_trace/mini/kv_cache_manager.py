@@ -1,8 +1,8 @@
 """Which blocks a request holds: prefix hits, new slots, blocks that left the window, the end.
 
-Follows: vLLM 0.32.0, v1/core/kv_cache_manager.py, kv_cache_coordinator.py, single_type_kv_cache_manager.py.
-Leaves out: groups of different block sizes, Mamba, chunked-local and cross attention, EAGLE, KV connectors, context
-parallelism.
+Follows: vLLM 0.32.0, v1/core/kv_cache_manager.py and kv_cache_coordinator.py.
+Leaves out: groups of different block sizes, KV connectors, context parallelism, and what
+`single_type_kv_cache_manager` leaves out.
 
 A block size of 4, a pool of 8, a prompt of 9 tokens, then the same prompt again:
 
@@ -23,145 +23,18 @@ A block size of 4, a pool of 8, a prompt of 9 tokens, then the same prompt again
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from itertools import islice
 
 from .block_pool import BlockPool, KVCacheBlock, Tell
 from .request import Request, RequestStatus
 from .rules import Rules, rules_for
+from .single_type_kv_cache_manager import (
+    FullAttentionManager,
+    FullAttentionSpec,
+    SlidingWindowManager,
+    SlidingWindowSpec,
+)
 
 Blocks = tuple[Sequence[KVCacheBlock], ...]  # one sequence for each group
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@dataclass(frozen=True)
-class FullAttentionSpec:
-    """A group of layers that attend to every earlier token."""
-
-    block_size: int
-
-
-@dataclass(frozen=True)
-class SlidingWindowSpec:
-    """A group of layers that attend to the last `sliding_window` tokens, the current one included."""
-
-    block_size: int
-    sliding_window: int
-
-
-class FullAttentionManager:
-    """What a kind of attention needs to keep. Full attention needs all."""
-
-    max_admission_blocks: int | None = None
-
-    def __init__(self, spec: FullAttentionSpec, pool: BlockPool):
-        self.block_size = spec.block_size
-        self.block_pool = pool
-
-    def find_longest_cache_hit(
-        self, block_hashes: Sequence[Hashable], max_blocks: int, group_ids: Sequence[int]
-    ) -> list[list[KVCacheBlock]]:
-        """The longest run of cached blocks from the start, for each of the groups, which all must have it."""
-        if len(group_ids) == 1:
-            found_in = self.block_pool.cached_block_hash_to_block[group_ids[0]].get
-            hits = []
-            for block_hash in islice(block_hashes, max_blocks):
-                block = found_in(block_hash)
-                if block is None:
-                    break  # hashes are chained: every later one misses too
-                hits.append(block)
-            return [hits]
-        per_hash = []
-        for block_hash in islice(block_hashes, max_blocks):
-            found = self.block_pool.get_cached_block(block_hash, group_ids)
-            if found is None:
-                break
-            per_hash.append(found)
-        return [[found[i] for found in per_hash] for i in range(len(group_ids))]
-
-    def get_num_skipped_blocks(self, num_computed_tokens: int) -> int:
-        """Blocks at the head that no later token attends to."""
-        return 0
-
-    def reachable_block_mask(
-        self, request: Request, first: int, last: int, retention_interval: int | None
-    ) -> list[bool] | None:
-        """Which of the blocks `first` to `last` (exclusive) deserve a hash; None for all."""
-        return None
-
-
-class SlidingWindowManager(FullAttentionManager):
-    """Keeps the blocks of the window; a hit needs only the last few blocks of the prefix.
-
-    Block size 4, window 8: the token after 12 computed ones sees tokens 5 to 12, so block 0 is skipped.
-    """
-
-    def __init__(
-        self,
-        spec: SlidingWindowSpec,
-        pool: BlockPool,
-        max_in_flight_tokens: int,
-        max_model_len: int,
-    ):
-        super().__init__(spec, pool)
-        self.sliding_window = spec.sliding_window
-        # A hit needs this many blocks in a row before the resumed token.
-        self.num_blocks_for_hit = cdiv(self.sliding_window - 1, self.block_size)
-        # The window, what is computed ahead of it, and one block because a window may begin inside a block.
-        longest = min(self.sliding_window - 1 + max_in_flight_tokens, max_model_len)
-        self.max_admission_blocks = cdiv(longest, self.block_size) + 1
-
-    def find_longest_cache_hit(
-        self, block_hashes: Sequence[Hashable], max_blocks: int, group_ids: Sequence[int]
-    ) -> list[list[KVCacheBlock]]:
-        """From the right: the last place with enough cached blocks in a row. Null blocks stand for what is before."""
-        null_block = self.block_pool.null_block
-        run: list[list[KVCacheBlock]] = []  # the blocks of one run, last one first
-        for i in range(max_blocks - 1, -1, -1):
-            found = self.block_pool.get_cached_block(block_hashes[i], group_ids)
-            if found is None:
-                run = []
-                continue
-            run.append(found)
-            if len(run) >= self.num_blocks_for_hit:
-                return [
-                    [null_block] * i + [found[g] for found in reversed(run)]
-                    for g in range(len(group_ids))
-                ]
-        # A shorter run counts too when it reaches back to the first token.
-        return [[found[g] for found in reversed(run)] for g in range(len(group_ids))]
-
-    def get_num_skipped_blocks(self, num_computed_tokens: int) -> int:
-        return max(0, num_computed_tokens - self.sliding_window + 1) // self.block_size
-
-    def get_next_skip(self, num_skipped_blocks: int) -> int:
-        """At how many computed tokens one block more is skipped."""
-        return (num_skipped_blocks + 1) * self.block_size + self.sliding_window - 1
-
-    def reachable_block_mask(
-        self, request: Request, first: int, last: int, retention_interval: int | None
-    ) -> list[bool] | None:
-        """Blocks of the runs that a hit can end with: at each multiple of `retention_interval`, and at two boundaries.
-
-        A later request resumes at the last token of this prompt, or where it leaves a prefix that others share.
-        Units: `retention_interval` in tokens; None keeps all, 0 keeps the boundaries only.
-        """
-        need = self.num_blocks_for_hit
-        mask = [False] * (last - first)
-        if retention_interval != 0:
-            per_segment = 1 if retention_interval is None else retention_interval // self.block_size
-            if need >= per_segment:
-                return None
-            mask = [i % per_segment >= per_segment - need for i in range(first, last)]
-        if retention_interval is not None:
-            for boundary in (request.num_prompt_tokens - 1, request.shared_prefix_boundary):
-                end = boundary // self.block_size
-                for i in range(max(first, end - need), min(last, end)):
-                    mask[i - first] = True
-        return mask
 
 
 class RequestBlocks:
@@ -169,8 +42,8 @@ class RequestBlocks:
 
     __slots__ = ("tables", "num_cached_blocks", "quiet_until")
 
-    def __init__(self, num_groups: int):
-        self.tables: list[list[KVCacheBlock]] = [[] for _ in range(num_groups)]
+    def __init__(self, tables: list[list[KVCacheBlock]]):
+        self.tables = tables  # in logical order, for each group
         self.num_cached_blocks = 0
         # Up to this many tokens no block is needed, none becomes full, none leaves a window. Decoding lives here.
         self.quiet_until = 0
@@ -179,7 +52,8 @@ class RequestBlocks:
 class KVCacheManager:
     """One pool, one or several groups, and the blocks of every request that is running.
 
-    `rules` says which release to be equal to; `tell(kind, *fields)` hears what happened, inner events first.
+    `rules` says which release to be equal to; `tell((kind, *fields))` hears what happened, inner events first; a call
+    of `allocate_slots` that needed no block is not told.
     """
 
     def __init__(
@@ -219,6 +93,7 @@ class KVCacheManager:
         self._windows = [
             (i, m) for i, m in enumerate(self.managers) if isinstance(m, SlidingWindowManager)
         ]
+        self.has_windows = bool(self._windows)
         # Groups of one kind are looked up together; full attention first, as it bounds the others.
         kinds: dict[FullAttentionSpec | SlidingWindowSpec, list[int]] = {}
         for group_id, spec in enumerate(groups):
@@ -245,10 +120,9 @@ class KVCacheManager:
         num_hit_tokens = num_hit_blocks * self.block_size
         boundary = longest * self.block_size if longest > num_hit_blocks else 0
         if self.tell is not None:
-            ids = [[block.block_id for block in table] for table in blocks]
-            self.tell(
-                "prefix.looked_up", request.request_id, request.num_tokens, num_hit_tokens, ids
-            )
+            ids = _ids(blocks)
+            key = request.request_id
+            self.tell(("prefix.looked_up", key, request.num_tokens, num_hit_tokens, ids))
         return blocks, num_hit_tokens, boundary
 
     def _find_longest_cache_hit(
@@ -310,73 +184,93 @@ class KVCacheManager:
                              |- new blocks cover these, where the last block has no room -|
                      |- hashed as far as blocks are full and tokens are known -|
         """
+        held = self.requests.get(request.request_id)
+        num_slots = request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
+        if held is not None and num_slots <= held.quiet_until:
+            return self.no_blocks
         if not num_new_tokens and not num_new_computed_tokens:
             raise ValueError(f"request {request.request_id!r}: no new tokens and no hit")
-        held = self.requests.get(request.request_id)
-        if (
-            held is not None
-            and request.num_computed_tokens + num_new_tokens + num_lookahead_tokens
-            <= held.quiet_until
-        ):
-            if self.tell is not None:
-                self._tell_allocated(request, num_new_tokens, 0, self.no_blocks)
-            return self.no_blocks
-
-        hits = (
-            new_computed_blocks
-            if new_computed_blocks and any(new_computed_blocks)
-            else self.no_blocks
-        )
-        num_computed = min(
-            request.num_computed_tokens + num_new_computed_tokens, self.max_model_len
-        )
+        if held is not None:
+            return self._grow(request, held, num_new_tokens, num_slots)
+        hits = new_computed_blocks or self.no_blocks
+        num_computed = request.num_computed_tokens + num_new_computed_tokens
         num_tokens = num_computed + num_new_tokens
         num_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len)
         num_usable = self.block_pool.free_block_queue.num_free_blocks
-        if (
-            self.watermark_blocks
-            and has_scheduled_reqs
-            and request.status is not RequestStatus.RUNNING
-        ):
+        if has_scheduled_reqs and request.status is not RequestStatus.RUNNING:
             num_usable -= self.watermark_blocks
-
         if full_sequence_must_fit:
             whole = min(request.num_tokens, self.max_model_len)
-            if not self._fits(held, whole, hits, num_computed, num_usable, capped=True):
-                return self._refuse(
-                    request, num_new_tokens, told=self.rules.whole_sequence_test_inside
-                )
-
-        num_processed = num_computed
-        if self._windows and held is not None:
-            # Before the test, and even if the request is then refused: what left the window may be what is missing.
-            if self.rules.windows_follow_processed:
-                num_processed = max(0, num_computed - request.num_in_flight_tokens)
-            num_usable += self._remove_skipped_blocks(held, num_processed)
-        if not self._fits(held, num_slots, hits, num_computed, num_usable):
+            if not self._fits(whole, hits, num_computed, num_usable, capped=True):
+                told = self.rules.whole_sequence_test_inside
+                return self._refuse(request, num_new_tokens, told)
+        if not self._fits(num_slots, hits, num_computed, num_usable):
             return self._refuse(request, num_new_tokens)
 
-        if held is None:
-            held = self.requests[request.request_id] = RequestBlocks(len(self.groups))
-        if hits is not self.no_blocks:
+        held = self.requests[request.request_id] = RequestBlocks([[] for _ in self.groups])
+        if num_new_computed_tokens:
             self._add_hits(held, hits, num_computed)
-        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        new_blocks = self.no_blocks
-        if num_missing > 0:
-            new_blocks = tuple([self.block_pool.get_new_blocks(num_missing) for _ in self.groups])
-            for table, blocks in zip(held.tables, new_blocks):
-                table.extend(blocks)
-        self._cache_blocks(request, held, min(num_tokens, request.num_tokens))
-        self._find_quiet(held, num_processed)
+        new_blocks = self._extend(request, held, num_slots, num_tokens, num_computed)
         if self.tell is not None:
             self._tell_allocated(request, num_new_tokens, num_new_computed_tokens, new_blocks)
+        return new_blocks
+
+    def _grow(
+        self, request: Request, held: RequestBlocks, num_new_tokens: int, num_slots: int
+    ) -> Blocks | None:
+        """What `allocate_slots` does for a request that runs and needs a block, fills one, or leaves one behind."""
+        num_processed = request.num_computed_tokens
+        if self._windows:
+            # Before the test, and even if the request is then refused: what left the window may be what is missing.
+            if self.rules.windows_follow_processed:
+                num_processed = max(0, num_processed - request.num_in_flight_tokens)
+            self._remove_skipped_blocks(held, num_processed)
+        num_slots = min(num_slots, self.max_model_len)
+        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
+        num_free = self.block_pool.free_block_queue.num_free_blocks
+        if num_missing * len(held.tables) > num_free:
+            return self._refuse(request, num_new_tokens)
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        new_blocks = self._extend(request, held, num_slots, num_tokens, num_processed)
+        if self.tell is not None and new_blocks is not self.no_blocks:
+            self._tell_allocated(request, num_new_tokens, 0, new_blocks)
+        return new_blocks
+
+    def _extend(
+        self,
+        request: Request,
+        held: RequestBlocks,
+        num_slots: int,
+        num_tokens: int,
+        num_processed: int,
+    ) -> Blocks:
+        """Take the blocks that `num_slots` lack, hash those that `num_tokens` fill, and see how long it will do."""
+        tables, block_size = held.tables, self.block_size
+        new_blocks = self.no_blocks
+        num_required = -(-num_slots // block_size)
+        num_missing = num_required - len(tables[0])
+        if num_missing > 0:
+            new_blocks = tuple([self.block_pool.get_new_blocks(num_missing) for _ in tables])
+            for table, blocks in zip(tables, new_blocks):
+                table += blocks
+        held.quiet_until = len(tables[0]) * block_size
+        if self.enable_caching:
+            num_full = min(num_tokens, request.num_tokens) // block_size
+            if num_full > held.num_cached_blocks:
+                self._cache_blocks(request, held, num_full)
+            if held.num_cached_blocks < len(tables[0]):
+                held.quiet_until = (held.num_cached_blocks + 1) * block_size - 1
+        for _, manager in self._windows:
+            num_skipped = manager.get_num_skipped_blocks(num_processed)
+            held.quiet_until = min(held.quiet_until, manager.get_next_skip(num_skipped))
         return new_blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Hash the blocks that are full at `num_computed_tokens`; for tokens that became known after their step."""
         held = self.requests.get(request.request_id)
-        if held is not None:
-            self._cache_blocks(request, held, num_computed_tokens)
+        num_full = num_computed_tokens // self.block_size
+        if held is not None and self.enable_caching and num_full > held.num_cached_blocks:
+            self._cache_blocks(request, held, num_full)
 
     def remove_skipped_blocks(self, request_id: Hashable, num_processed_tokens: int) -> None:
         """Free what left a window, tail first; the null block takes its place, so positions stay where they are."""
@@ -384,10 +278,8 @@ class KVCacheManager:
         if held is not None:
             self._remove_skipped_blocks(held, num_processed_tokens)
 
-    def _remove_skipped_blocks(self, held: RequestBlocks, num_processed_tokens: int) -> int:
-        """Returns how many free blocks there are now in addition."""
+    def _remove_skipped_blocks(self, held: RequestBlocks, num_processed_tokens: int) -> None:
         null_block = self.block_pool.null_block
-        num_free_before = self.block_pool.get_num_free_blocks()
         for group_id, manager in self._windows:
             table = held.tables[group_id]
             skipped: list[KVCacheBlock] = []
@@ -399,7 +291,6 @@ class KVCacheManager:
                 table[i] = null_block
             if skipped:
                 self.block_pool.free_blocks(skipped)
-        return self.block_pool.get_num_free_blocks() - num_free_before
 
     def free(self, request: Request) -> None:
         """Give back all blocks, tail first: the tail of a prefix is the part least likely to be hit."""
@@ -410,7 +301,7 @@ class KVCacheManager:
                 table = self._without_null_head(table)
             self.block_pool.free_blocks(reversed(table) if tail_first else table)
         if self.tell is not None:
-            self.tell("request.freed", request.request_id)
+            self.tell(("request.freed", request.request_id))
 
     def get_blocks(self, request_id: Hashable) -> Blocks:
         """The whole table of a request, for each group."""
@@ -424,18 +315,11 @@ class KVCacheManager:
         return self.block_pool.reset_prefix_cache()
 
     def _fits(
-        self,
-        held: RequestBlocks | None,
-        num_slots: int,
-        hits: Blocks,
-        num_computed: int,
-        num_usable: int,
-        capped: bool = False,
+        self, num_slots: int, hits: Blocks, num_computed: int, num_usable: int, capped: bool = False
     ) -> bool:
-        """Whether the request uses up at most `num_usable` free blocks: new ones, and hits that nobody holds now."""
-        num_held = 0 if held is None else len(held.tables[0])
+        """Whether a new request uses up at most `num_usable` free blocks: new ones, and hits that nobody holds now."""
         num_required = -(-num_slots // self.block_size)
-        if (num_required - num_held) * len(self.groups) <= num_usable:
+        if num_required * len(self.groups) <= num_usable:
             return True  # even if every hit were in the free queue; the exact count below is never higher
         needed = 0
         for manager, group_hits in zip(self.managers, hits):
@@ -443,8 +327,8 @@ class KVCacheManager:
             if capped and manager.max_admission_blocks is not None:
                 num_blocks = min(num_blocks, manager.max_admission_blocks)
             num_skipped = manager.get_num_skipped_blocks(num_computed)
-            needed += max(0, num_blocks - max(num_skipped, len(group_hits) + num_held))
-            for block in group_hits[max(0, num_skipped - num_held) :]:
+            needed += max(0, num_blocks - max(num_skipped, len(group_hits)))
+            for block in group_hits[num_skipped:]:
                 if block.ref_cnt == 0 and not block.is_null:
                     needed += 1
         return needed <= num_usable
@@ -459,31 +343,24 @@ class KVCacheManager:
             table.extend(in_window)
         held.num_cached_blocks = len(held.tables[0])
 
-    def _cache_blocks(self, request: Request, held: RequestBlocks, num_tokens: int) -> None:
-        first, last = held.num_cached_blocks, num_tokens // self.block_size
-        if not self.enable_caching or first >= last:
-            return
+    def _cache_blocks(self, request: Request, held: RequestBlocks, num_full_blocks: int) -> None:
+        num_cached_blocks = held.num_cached_blocks
+        held.num_cached_blocks = num_full_blocks
+        mask = None
         for group_id, table in enumerate(held.tables):
-            mask = self.managers[group_id].reachable_block_mask(
-                request, first, last, self.retention_interval
-            )
-            hashes = request.block_hashes
+            if self._windows:
+                mask = self.managers[group_id].reachable_block_mask(
+                    request, num_cached_blocks, num_full_blocks, self.retention_interval
+                )
             self.block_pool.cache_full_blocks(
-                request.request_id, table, first, last, hashes, group_id, mask
+                request.request_id,
+                table,
+                num_cached_blocks,
+                num_full_blocks,
+                request.block_hashes,
+                group_id,
+                mask,
             )
-        held.num_cached_blocks = last
-
-    def _find_quiet(self, held: RequestBlocks, num_processed: int) -> None:
-        num_held_blocks = len(held.tables[0])
-        if self.enable_caching and held.num_cached_blocks < num_held_blocks:
-            quiet_until = (held.num_cached_blocks + 1) * self.block_size - 1
-        else:
-            quiet_until = num_held_blocks * self.block_size
-        for _, manager in self._windows:
-            quiet_until = min(
-                quiet_until, manager.get_next_skip(manager.get_num_skipped_blocks(num_processed))
-            )
-        held.quiet_until = quiet_until
 
     def _without_null_head(self, table: list[KVCacheBlock]) -> list[KVCacheBlock]:
         first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
@@ -491,18 +368,20 @@ class KVCacheManager:
 
     def _refuse(self, request: Request, num_new_tokens: int, told: bool = True) -> None:
         if self.tell is not None and told:
-            self.tell(
-                "slots.refused",
-                request.request_id,
-                num_new_tokens,
-                self.block_pool.get_num_free_blocks(),
-            )
+            num_free = self.block_pool.get_num_free_blocks()
+            self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
 
     def _tell_allocated(
         self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
     ) -> None:
-        ids = [[block.block_id for block in blocks] for blocks in new_blocks]
-        num_free = self.block_pool.get_num_free_blocks()
-        self.tell(
-            "slots.allocated", request.request_id, num_new_tokens, num_hit_tokens, ids, num_free
-        )
+        ids = _ids(new_blocks)
+        if ids or num_hit_tokens:
+            num_free = self.block_pool.get_num_free_blocks()
+            key = request.request_id
+            self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
+
+
+def _ids(blocks: Blocks) -> list[list[int]]:
+    """The ids of each group; no lists at all when there is no block."""
+    ids = [[block.block_id for block in table] for table in blocks]
+    return ids if any(ids) else []

@@ -127,7 +127,7 @@ class Scheduler:
         self._update_after_schedule(output)
         if self.tell is not None:
             scheduled = output.num_scheduled_tokens
-            self.tell("step.scheduled", output.step, list(scheduled), list(scheduled.values()))
+            self.tell(("step.scheduled", output.step, list(scheduled), list(scheduled.values())))
         return output
 
     def _schedule_running(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
@@ -276,7 +276,7 @@ class Scheduler:
         request.num_preemptions += 1
         self._queue_first(request)
         if self.tell is not None:
-            self.tell("request.preempted", request.request_id, lost)
+            self.tell(("request.preempted", request.request_id, lost))
 
     def _queue_first(self, request: Request) -> None:
         if self.config.policy == "priority":
@@ -362,4 +362,4 @@ class Scheduler:
         self.kv_cache_manager.free(request)
         del self.requests[request.request_id]
         if self.tell is not None:
-            self.tell("request.finished", request.request_id, reason)
+            self.tell(("request.finished", request.request_id, reason))

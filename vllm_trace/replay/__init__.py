@@ -8,10 +8,8 @@ Two replays of the same trace:
 *engine*   only arrivals, aborts and token outcomes drive ``mini``'s own scheduler, which has to
            come to the same steps, preemptions and blocks by itself.
 
-Facts of a call stand before the call in a trace ("inner before outer"), and the calls of one step
-before ``step.scheduled`` or ``step.updated``. So a trace falls into segments, each of which ends
-with one of those two, and a segment is replayed as a whole: ``mini`` tells what it does in the
-same words, and both lists must be equal.
+The events are taken in segments (``segments.py``): ``mini`` tells what it does in the same words, and
+both lists must be equal, call by call.
 
 A replay that could not consume every event is not a pass, and says what it did not judge.
 """
@@ -23,14 +21,13 @@ from typing import Any
 
 from vllm_trace.divergence import Divergence, describe
 from vllm_trace.errors import TraceError
-from vllm_trace.events import BackendSelected, EngineConfigured, StepScheduled, StepUpdated
+from vllm_trace.events import BackendSelected, EngineConfigured
 from vllm_trace.mini.rules import rules_for
-from vllm_trace.replay.base import Replay
+from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.engine import EngineReplay
-from vllm_trace.replay.facts import DECISIONS
 from vllm_trace.replay.manager import ManagerReplay
-from vllm_trace.replay.worker import Diverged
-from vllm_trace.trace import Record, Trace
+from vllm_trace.replay.segments import Segment, segments
+from vllm_trace.trace import Trace
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
 MODES = tuple(DRIVERS)
@@ -45,6 +42,8 @@ class Replayed:
     num_consumed: int = 0
     num_compared: int = 0
     """Facts that stood on both sides and were equal."""
+    num_silent: int = 0
+    """Calls of ``allocate_slots`` that took no block and that the trace only counts: replayed too, and no events."""
     divergence: Divergence | None = None
     not_judged: list[str] = field(default_factory=list)
 
@@ -60,6 +59,7 @@ class Replayed:
             "events": self.num_events,
             "consumed": self.num_consumed,
             "compared": self.num_compared,
+            "silent_calls": self.num_silent,
             "not_judged": self.not_judged,
             "divergence": self.divergence.to_dict() if self.divergence else None,
         }
@@ -76,55 +76,63 @@ def replay(trace: Trace, mode: str) -> Replayed:
             "level light: blocks and lookups were not recorded, so nothing can be compared"
         )
     driver: Replay | None = None
-    segment: list[Record] = []
-    for record in trace.records():
-        result.num_events += 1
-        event = record.event
-        if type(event) is EngineConfigured:
-            if result.not_judged:
-                continue
-            result.not_judged += _unfollowed(event, trace)
+    for segment in segments(trace):
+        result.num_events += len(segment.events)
+        kind = type(segment.events[0])
+        if kind is EngineConfigured and not result.not_judged and not result.divergence:
+            config: Any = segment.events[0]
+            result.not_judged += _unfollowed(config, trace)
             if not result.not_judged:
-                driver = DRIVERS[mode](event, trace)
-                segment = []
+                driver = DRIVERS[mode](config, trace)
                 result.num_consumed += 1
-            continue
-        if type(event) is BackendSelected:
+        elif kind is BackendSelected:
             # Chosen before there is an engine; kept for people, not compared.
             result.num_consumed += 1
-            continue
-        if driver is None or result.not_judged or result.divergence:
-            continue
-        if type(event) not in DECISIONS:
-            _run(driver, [record], result, trace)
-            continue
-        segment.append(record)
-        if type(event) is StepScheduled or type(event) is StepUpdated:
+        elif driver is not None and not result.not_judged and not result.divergence:
             _run(driver, segment, result, trace)
-            segment = []
     if driver is None and not result.not_judged:
+        problems = trace.problems
         raise TraceError(
-            "this trace has no engine in it", hint="Was the process of the scheduler traced?"
+            "this trace has no engine in it" + (f": {problems[0]}" if problems else ""),
+            hint="Was the process of the scheduler traced, and from its start?",
         )
-    if driver is not None and segment and result.divergence is None:
-        _run(driver, segment, result, trace)
+    result.not_judged += _missing_workers(trace, driver)
     result.not_judged += trace.problems
     return result
 
 
-def _run(driver: Replay, segment: list[Record], result: Replayed, trace: Trace) -> None:
+def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> None:
+    compared, silent = driver.num_compared, driver.num_silent
     try:
         driver.take(segment)
     except Diverged as difference:
-        result.divergence = describe(difference, driver.manager, driver.history, trace)
+        result.divergence = describe(difference, driver.manager, trace)
     except Exception as error:
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
-        last = segment[-1].number
-        difference = Diverged(last, None, ("mini.refused", f"{type(error).__name__}: {error}"))
-        result.divergence = describe(difference, driver.manager, driver.history, trace)
+        difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
+        difference.number = segment.numbers[-1]
+        result.divergence = describe(difference, driver.manager, trace)
     else:
-        result.num_consumed += len(segment)
-    result.num_compared = driver.num_compared
+        result.num_consumed += len(segment.events)
+    result.num_compared += driver.num_compared - compared
+    result.num_silent += driver.num_silent - silent
+
+
+def _missing_workers(trace: Trace, driver: Replay | None) -> list[str]:
+    """An engine with workers in processes of their own, of which not all were traced."""
+    roles = [file.header.get("role") for file in trace.files]
+    if driver is None or "engine" not in roles:
+        return []
+    settings = driver.settings
+    wanted = (settings.get("tensor_parallel_size") or 1) * (
+        settings.get("pipeline_parallel_size") or 1
+    )
+    if roles.count("worker") >= wanted:
+        return []
+    return [
+        f"{roles.count('worker')} of {wanted} worker processes are in the trace: the tables and slots"
+        " of the others' kernels were not compared"
+    ]
 
 
 def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:

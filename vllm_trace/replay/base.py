@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from vllm_trace.events import BlocksCached, EngineConfigured, Event, PrefixLookedUp, RequestArrived
+from vllm_trace.events import (
+    BlocksCached,
+    EngineConfigured,
+    Event,
+    PrefixLookedUp,
+    RequestArrived,
+)
 from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
 from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
-from vllm_trace.replay.facts import DECISIONS, Fact, filled
-from vllm_trace.replay.worker import Diverged, WorkerTables
-from vllm_trace.trace import Record, Trace
+from vllm_trace.replay.facts import FACTS, Fact
+from vllm_trace.replay.segments import Segment
+from vllm_trace.trace import Trace
 
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
 
 
+class Diverged(Exception):
+    """Both sides differ: what was recorded, what ``mini`` did, and where.
+
+    ``event`` is the recorded event, or None: then it is the ``place``-th fact since the last
+    agreement, and ``number`` is found from that.
+    """
+
+    def __init__(
+        self, recorded: Fact | None, mini: Fact | None, event: Event | None = None, place: int = 0
+    ) -> None:
+        super().__init__(recorded, mini)
+        self.recorded, self.mini, self.event, self.place = recorded, mini, event, place
+        self.number = 0
+
+
 class Replay:
-    """What both modes share: ``mini``, what it told, and the comparison."""
+    """``mini`` beside a trace. A mode says in ``acts`` what each kind of event makes ``mini`` do."""
+
+    acts: dict[type[Event], Callable[[Any], object]]
 
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
         settings = config.settings
         self.settings = settings
         self.block_size = config.block_size
         self.told: list[Fact] = []
-        self.expected: list[tuple[int, Fact]] = []
+        self.expected: list[Fact] = []
         self.num_compared = 0
+        self.num_settled = 0
+        """Facts of this segment that were found equal."""
+        self.num_silent = 0
+        """Calls of ``allocate_slots`` without an event of their own that ``mini`` agreed with."""
         self.requests: dict[int, Request] = {}
         self.num_hashes_told: dict[int, int] = {}
         """By arrivals and lookups; ``blocks.cached`` may have told some of them before."""
-        self.history: list[Record] = []
-        """The last segments, for the story of a divergence."""
         self.rules = rules_for(str(trace.header["vllm"]))
         self.manager = KVCacheManager(
             config.num_blocks,
@@ -45,60 +71,70 @@ class Replay:
             max_in_flight_tokens=settings.get("max_in_flight_tokens"),
             retention_interval=settings.get("retention_interval"),
             rules=self.rules,
-            tell=self.hear,
+            tell=self.told.append,
         )
         self.manager.watermark_blocks = settings.get("watermark_blocks", 0)
-        self.blocks = self.manager.block_pool.blocks
-        self.worker = WorkerTables(len(config.groups))
+        self.pool = self.manager.block_pool
 
-    def hear(self, kind: str, *fields: Any) -> None:
-        """``mini``'s callback; drops what the trace does not have and adds what it has more."""
-        if kind == "slots.allocated":
-            request, num_new, num_hit, new, free = fields
-            new = [list(ids) for ids in new]
-            if num_hit or any(new):
-                self.told.append((kind, request, num_new, num_hit, filled(new), free))
-                self.worker.grow(request, new)
-        elif kind == "blocks.cached":
-            request, group, _, ids, hashes = fields
-            pairs = [(i, h) for i, h in zip(ids, hashes, strict=True) if h is not None]
-            if pairs:
-                self.told.append(
-                    (kind, request, group, [p[0] for p in pairs], [p[1] for p in pairs])
-                )
-        elif kind == "blocks.touched":
-            counts = [self.blocks[block].ref_cnt for block in fields[0]]
-            self.told.append((kind, list(fields[0]), counts))
-        elif kind == "block.evicted":
-            self.told.append((kind, fields[0], [fields[1]]))
-        elif kind == "prefix.looked_up":
-            request, num_tokens, num_hit, ids = fields
-            self.told.append((kind, request, num_tokens, num_hit, filled([list(i) for i in ids])))
-        elif kind == "slots.refused" or kind not in ("step.scheduled", "request.finished"):
-            self.told.append((kind, *fields))
+    def take(self, segment: Segment) -> None:
+        """Replay one segment. Raises: ``Diverged``, with the number of the event."""
+        self.num_settled = 0
+        try:
+            self.begin(segment)
+            acts, facts, expect = self.acts, FACTS, self.expected.append
+            for event in segment.events:
+                kind = type(event)
+                make = facts.get(kind)
+                if make is not None:
+                    expect(make(event))
+                act = acts.get(kind)
+                if act is not None:
+                    act(event)
+            self.settle()
+        except Diverged as difference:
+            difference.number = self._number_of(difference, segment)
+            raise
 
-    def settle(self, number: int) -> None:
+    def begin(self, segment: Segment) -> None:
+        """Called before a segment's first event."""
+
+    def settle(self) -> None:
         """Both sides have said all of a call: they must be equal."""
         told, expected = self.told, self.expected
-        for (at, recorded), mini in zip(expected, told, strict=False):
-            if recorded != mini:
-                raise Diverged(at, recorded, mini)
-        if len(expected) > len(told):
-            raise Diverged(*expected[len(told)], None)
-        if len(told) > len(expected):
-            raise Diverged(number, None, told[len(expected)])
+        if told != expected:
+            self._differ()
+        self.num_settled += len(told)
         self.num_compared += len(told)
         told.clear()
         expected.clear()
 
-    def require(self, number: int, name: str, recorded: Any, mini: Any) -> None:
-        """A value of a step that both sides must agree on."""
+    def _differ(self) -> None:
+        told, expected = self.told, self.expected
+        for place, (recorded, mini) in enumerate(zip(expected, told)):
+            if recorded != mini:
+                raise Diverged(recorded, mini, place=self.num_settled + place)
+        if len(expected) > len(told):
+            raise Diverged(expected[len(told)], None, place=self.num_settled + len(told))
+        raise Diverged(None, told[len(expected)], place=self.num_settled + len(expected))
+
+    def _number_of(self, difference: Diverged, segment: Segment) -> int:
+        events, numbers = segment.events, segment.numbers
+        if difference.event is not None:
+            return numbers[next(i for i, e in enumerate(events) if e is difference.event)]
+        facts = [number for number, event in zip(numbers, events) if type(event) in FACTS]
+        return facts[difference.place] if difference.place < len(facts) else numbers[-1]
+
+    def require(self, event: Event, name: str, recorded: Any, mini: Any) -> None:
+        """A value of an event that both sides must agree on."""
         if recorded != mini:
-            raise Diverged(number, (name, recorded), (name, mini))
+            raise Diverged((name, recorded), (name, mini), event)
         self.num_compared += 1
 
+    # What is told of requests -----------------------------------------------------------
+
     def arrive(self, event: RequestArrived) -> Request:
-        request = Request(
+        self.num_hashes_told[event.request] = len(event.block_hashes)
+        request = self.requests[event.request] = Request(
             event.request,
             num_prompt_tokens=event.num_prompt_tokens,
             max_tokens=event.max_tokens,
@@ -106,34 +142,24 @@ class Replay:
             arrival_time=event.arrival_unix,
             priority=event.priority,
         )
-        self.requests[event.request] = request
-        self.num_hashes_told[event.request] = len(event.block_hashes)
         return request
 
-    def learn_hashes(self, event: Event) -> None:
+    def forget(self, key: int) -> None:
+        """The request is over."""
+        self.requests.pop(key, None)
+        self.num_hashes_told.pop(key, None)
+
+    def learn_hashes(self, event: PrefixLookedUp | BlocksCached) -> None:
         """Hashes of generated blocks come from the trace: it has no token ids to make them of."""
-        if type(event) is PrefixLookedUp:
-            first, hashes = self.num_hashes_told.get(event.request, 0), event.new_hashes
-            self.num_hashes_told[event.request] = first + len(hashes)
-        elif type(event) is BlocksCached:
+        request = self.requests.get(event.request)
+        if request is None:
+            return
+        if type(event) is BlocksCached:
             first, hashes = event.first, event.hashes
         else:
-            return
-        if hashes and event.request in self.requests:
-            known = self.requests[event.request].block_hashes
+            hashes = event.new_hashes
+            first = self.num_hashes_told[event.request]
+            self.num_hashes_told[event.request] = first + len(hashes)
+        known = request.block_hashes
+        if first + len(hashes) > len(known):
             known += hashes[max(0, len(known) - first) :]
-
-    def take(self, segment: list[Record]) -> None:
-        """Replay one segment, or an event that decides nothing. Raises: ``Diverged``."""
-        self.history = [*self.history[-40:], *segment]
-        if type(segment[0].event) in DECISIONS:
-            self.replay_segment(segment)
-        else:
-            self.observe(segment[0])
-
-    def replay_segment(self, segment: list[Record]) -> None:
-        raise NotImplementedError
-
-    def observe(self, record: Record) -> None:
-        """An event that is no decision of the scheduler: workers' tables and slots are compared."""
-        self.worker.observe(record)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_trace.events import (
+    BlocksCached,
     EngineConfigured,
     PrefixCacheReset,
+    PrefixLookedUp,
     RequestArrived,
     RequestFinished,
     StepScheduled,
@@ -14,12 +16,13 @@ from vllm_trace.events import (
 )
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
 from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
-from vllm_trace.replay.facts import fact_of
-from vllm_trace.trace import Record, Trace
+from vllm_trace.replay.facts import Fact
+from vllm_trace.replay.segments import Segment
+from vllm_trace.trace import Trace
 
 
 class EngineReplay(Replay):
-    """Arrivals, aborts and outcomes drive ``mini``'s scheduler."""
+    """Arrivals, aborts and outcomes drive ``mini``'s scheduler; workers are judged by the manager's replay."""
 
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
         super().__init__(config, trace)
@@ -35,64 +38,64 @@ class EngineReplay(Replay):
                 scheduler_reserve_full_isl=settings["full_sequence_must_fit"],
                 async_scheduling=settings["async_scheduling"],
             ),
-            tell=self.hear,
+            tell=self._hear,
         )
         self.outputs: dict[int, Any] = {}
-        self.steps: dict[int, StepScheduled] = {}
+        self.stops: dict[int, str] = {}
+        """Who ended in the step that is being answered, and why."""
+        self.acts = {
+            BlocksCached: self.learn_hashes,
+            PrefixLookedUp: self.learn_hashes,
+            RequestArrived: lambda event: self.scheduler.add_request(self.arrive(event)),
+            RequestFinished: self.finished,
+            PrefixCacheReset: self.reset,
+            StepScheduled: self.scheduled,
+            StepUpdated: self.updated,
+        }
 
-    def replay_segment(self, segment: list[Record]) -> None:
-        stops: dict[int, str] = {}
-        for record in segment:
-            event, number = record.event, record.number
-            fact = fact_of(event)
-            if fact is not None:
-                self.expected.append((number, fact))
-            self.learn_hashes(event)
-            kind = type(event)
-            if kind is RequestArrived:
-                self.scheduler.add_request(self.arrive(event))
-            elif kind is RequestFinished and event.reason in FINISHED_BY_OUTPUT:
-                stops[event.request] = event.reason
-            elif kind is RequestFinished:
-                self.scheduler.finish_requests([event.request], event.reason)
-                self.worker.forget(event.request)
-                self.settle(number)
-            elif kind is PrefixCacheReset:
-                self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
-            elif kind is StepScheduled:
-                self._schedule(event, number)
-            elif kind is StepUpdated:
-                self._update(event, number, stops)
+    def _hear(self, fact: Fact) -> None:
+        """Steps and ends are compared with more than the scheduler tells of them."""
+        if fact[0] == "request.preempted":
+            self.told.append(fact)
 
-    def _schedule(self, event: StepScheduled, number: int) -> None:
+    def begin(self, segment: Segment) -> None:
+        self.stops = {}
+
+    def finished(self, event: RequestFinished) -> None:
+        if event.reason in FINISHED_BY_OUTPUT:
+            self.stops[event.request] = event.reason
+            return
+        self.scheduler.finish_requests([event.request], event.reason)
+        self.forget(event.request)
+        self.settle()
+
+    def reset(self, event: PrefixCacheReset) -> None:
+        self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
+
+    def scheduled(self, event: StepScheduled) -> None:
         output = self.scheduler.schedule()
-        self.settle(number)
+        self.settle()
         scheduler, mine = self.scheduler, output.num_scheduled_tokens
-        self.require(number, "scheduled requests", event.requests, list(mine))
-        self.require(number, "scheduled tokens", event.num_tokens, list(mine.values()))
-        self.require(number, "new requests", event.new, output.scheduled_new_reqs)
-        self.require(number, "resumed requests", event.resumed, output.scheduled_resumed_reqs)
-        preempted = sorted(output.preempted_req_ids)
-        self.require(number, "preempted requests", event.preempted, preempted)
-        self.require(number, "running", event.num_running, len(scheduler.running))
-        self.require(number, "waiting", event.num_waiting, len(scheduler.waiting))
-        free = self.manager.block_pool.get_num_free_blocks()
-        self.require(number, "free blocks", event.num_free_blocks, free)
+        self.require(event, "scheduled requests", event.requests, [*mine])
+        self.require(event, "scheduled tokens", event.num_tokens, [*mine.values()])
+        self.require(event, "new requests", event.new, output.scheduled_new_reqs)
+        self.require(event, "resumed requests", event.resumed, output.scheduled_resumed_reqs)
+        self.require(event, "preempted", event.preempted, sorted(output.preempted_req_ids))
+        self.require(event, "running", event.num_running, len(scheduler.running))
+        self.require(event, "waiting", event.num_waiting, len(scheduler.waiting))
+        self.require(event, "free blocks", event.num_free_blocks, self.pool.get_num_free_blocks())
+        self.num_silent += event.num_kept
         self.outputs[event.step] = output
-        self.steps[event.step] = event
 
-    def _update(self, event: StepUpdated, number: int, stops: dict[int, str]) -> None:
-        output, step = self.outputs.pop(event.step, None), self.steps.pop(event.step, None)
-        if output is None or step is None:
+    def updated(self, event: StepUpdated) -> None:
+        output = self.outputs.pop(event.step, None)
+        if output is None:
             return
         counts = event.num_output_tokens or ()
-        sampled = {r: n for r, n in zip(step.requests or (), counts, strict=True) if n}
-        finished = self.scheduler.update_from_output(output, sampled, stops)
-        self.settle(number)
+        sampled = dict(zip(output.num_scheduled_tokens, counts, strict=True))
+        finished = self.scheduler.update_from_output(output, sampled, self.stops)
+        self.settle()
         # Without token ids mini cannot tell a stop at the last token from reaching the limit.
-        self.require(number, "finished requests", list(stops), list(finished))
+        self.require(event, "finished requests", [*self.stops], [*finished])
         for request in finished:
-            self.requests.pop(request, None)
-
-    def observe(self, record: Record) -> None:
-        """Workers are judged once, by the manager's replay."""
+            self.forget(request)

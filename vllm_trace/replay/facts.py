@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vllm_trace.events import (
@@ -13,27 +14,22 @@ from vllm_trace.events import (
     Event,
     PrefixCacheReset,
     PrefixLookedUp,
-    RequestArrived,
-    RequestFinished,
     RequestFreed,
     RequestPreempted,
     SlotsAllocated,
     SlotsRefused,
-    StepScheduled,
-    StepUpdated,
 )
 
 Fact = tuple[Any, ...]
 """An event in ``mini``'s words: ``(kind, *fields)``."""
 
 
-def fact_of(event: Event) -> Fact | None:
-    """A recorded event as ``mini`` would tell it; None for those that drive the replay."""
-    make = _FACTS.get(type(event))
-    return make(event) if make is not None else None
+def filled(blocks: list[list[int]]) -> list[list[int]]:
+    """An empty answer has one form: no lists at all."""
+    return blocks if any(blocks) else []
 
 
-_FACTS: dict[type, Any] = {
+FACTS: dict[type[Event], Callable[[Any], Fact]] = {
     BlocksTaken: lambda e: ("blocks.taken", e.blocks),
     BlockEvicted: lambda e: ("block.evicted", e.block, e.hashes),
     BlocksTouched: lambda e: ("blocks.touched", e.blocks, e.ref_cnts),
@@ -51,10 +47,4 @@ _FACTS: dict[type, Any] = {
     RequestPreempted: lambda e: ("request.preempted", e.request, e.num_computed_tokens),
     PrefixCacheReset: lambda e: ("prefix.reset", e.ok),
 }  # fmt: skip
-
-DECISIONS = frozenset(_FACTS) | {RequestArrived, RequestFinished, StepScheduled, StepUpdated}
-
-
-def filled(blocks: list[list[int]]) -> list[list[int]]:
-    """An empty answer has one form: no lists at all."""
-    return blocks if any(blocks) else []
+"""What ``mini`` would tell; events that are not here drive the replay, or are no decisions."""

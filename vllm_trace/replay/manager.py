@@ -1,14 +1,21 @@
-"""The recorded calls of the KV-cache manager, in their order, drive ``mini``'s manager."""
+"""The recorded calls of the KV-cache manager, in their order, drive ``mini``'s manager.
+
+Most calls of ``allocate_slots`` need no block and leave no event: the trace only counts them. Each
+of them is judged all the same. For a request that decodes one token a step, ``mini`` knows up to
+how many tokens nothing can happen (``quiet_until``); it is looked at again in the step where that
+ends, and then the trace must have an event of it. So a step costs as much as it has events, however
+many requests run in it. Everybody else (a prefill, a request that joins or leaves, and all of
+them where answers come late, or where a window may move) is followed call by call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from vllm_trace.events import (
     BlocksCached,
     EngineConfigured,
+    Event,
     PrefixCacheReset,
     PrefixLookedUp,
     RequestArrived,
@@ -16,15 +23,18 @@ from vllm_trace.events import (
     RequestFreed,
     RequestPreempted,
     SlotsAllocated,
+    SlotsMapped,
     SlotsRefused,
     StepScheduled,
     StepUpdated,
+    TableRowChanged,
 )
 from vllm_trace.mini.request import RequestStatus
-from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
-from vllm_trace.replay.facts import fact_of
-from vllm_trace.replay.worker import Diverged
-from vllm_trace.trace import Record, Trace
+from vllm_trace.replay.base import Replay
+from vllm_trace.replay.segments import Segment
+from vllm_trace.replay.steady import Steady
+from vllm_trace.replay.worker import WorkerTables
+from vllm_trace.trace import Trace
 
 
 class ManagerReplay(Replay):
@@ -34,149 +44,272 @@ class ManagerReplay(Replay):
         super().__init__(config, trace)
         self.whole = bool(self.settings.get("full_sequence_must_fit"))
         self.asynchronous = bool(self.settings.get("async_scheduling"))
+        self.one_by_one = self.asynchronous or self.manager.has_windows
+        """Nobody is steady: a step may be scheduled before the last one is answered, or a window may move."""
+        self.kept: list[tuple[int, int | None]] = []
+        self.num_kept_done = 0
+        """One by one: the silent calls of a schedule in their order, with their tokens; and how many are made."""
+        self.worker = WorkerTables(len(config.groups))
         self.hits: dict[int, tuple[Any, int]] = {}
+        """What a lookup found, until the request is admitted."""
         self.steps: dict[int, StepScheduled] = {}
-
-    def replay_segment(self, segment: list[Record]) -> None:
-        end = segment[-1].event
-        kept: _Silent = _Silent([])
-        answers: _Silent = _Silent([])
-        if type(end) is StepScheduled:
-            told = {r.event.request for r in segment if type(r.event) is SlotsAllocated}
-            counts = dict(zip(end.requests or (), end.num_tokens or (), strict=True))
-            order = end.kept or [request for request in counts if request not in told]
-            self.require(segment[-1].number, "calls without a block", end.num_kept, len(order))
-            kept = _Silent([(r, partial(self._keep, r, counts.get(r))) for r in order])
-        elif type(end) is StepUpdated:
-            answers = _Silent(self._answers(end))
-        by_output = {
-            r.event.request
-            for r in segment
-            if type(r.event) is RequestFinished and r.event.reason in FINISHED_BY_OUTPUT
+        """Scheduled and not answered yet."""
+        self.steady = Steady()
+        self.order: list[int] = []
+        self.counts: list[int] = []
+        self.others: dict[int, int] = {}
+        """Of the last step: its requests and their tokens; the tokens of those that are not steady."""
+        self.grown: set[int] = set()
+        """Who got blocks in the step that is being scheduled."""
+        self.called: set[int] = set()
+        """Whose call of that step was replayed."""
+        self.filled: int | None = None
+        """Whose blocks were just cached: by a call that has an event, or by a silent one?"""
+        self.answers: dict[int, tuple[int, int]] = {}
+        """Of the step that is being answered: tokens scheduled and sampled by request."""
+        self.end: Event | None = None
+        self.process = 0
+        self.acts = {
+            BlocksCached: self.cached,
+            SlotsAllocated: self.allocated,
+            SlotsRefused: self.refused,
+            PrefixLookedUp: self.looked_up,
+            RequestFreed: self.freed,
+            RequestArrived: self.arrive,
+            RequestFinished: self.finished,
+            RequestPreempted: self.preempted,
+            PrefixCacheReset: self.reset,
+            StepScheduled: self.scheduled,
+            StepUpdated: self.updated,
+            TableRowChanged: self.row_changed,
+            SlotsMapped: self.slots_mapped,
         }
-        for record in segment:
-            event = record.event
-            self.learn_hashes(event)
-            if type(event) is BlocksCached or (
-                type(event) is RequestFreed and event.request in by_output
-            ):
-                answers.run_through(event.request)
-            self._replay_event(record, kept)
-        kept.run_rest()
-        answers.run_rest()
-        self.settle(segment[-1].number)
 
-    def _replay_event(self, record: Record, kept: _Silent) -> None:
-        event, number = record.event, record.number
-        fact = fact_of(event)
-        if fact is not None:
-            self.expected.append((number, fact))
-        kind = type(event)
-        if kind is BlocksCached:
-            kept.run_through(event.request)
-        elif kind is SlotsAllocated or kind is SlotsRefused:
-            kept.run(event.num_kept)
-            self._allocate(event, number)
-        elif kind is PrefixLookedUp:
-            kept.run_rest()
-            request = self.requests[event.request]
-            hits, num_hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(
-                request
-            )
-            self.hits[event.request] = (hits, num_hit)
-            self.settle(number)
-        elif kind is RequestFreed:
-            self.manager.free(self.requests[event.request])
-            self.worker.forget(event.request)
-            self.settle(number)
-        elif kind is RequestArrived:
-            self.arrive(event)
-        elif kind is RequestFinished:
-            self.requests.pop(event.request, None)
-        elif kind is RequestPreempted:
-            self._preempt(event, number)
-        elif kind is PrefixCacheReset:
-            self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
-        elif kind is StepScheduled:
-            kept.run_rest()
-            self._advance(event, number)
+    def begin(self, segment: Segment) -> None:
+        self.process, self.end = segment.process, segment.events[-1]
+        if not self.one_by_one:
+            return
+        end = self.end
+        self.kept, self.num_kept_done, self.answers = [], 0, {}
+        if type(end) is StepScheduled:
+            told = {event.request for event in segment.events if type(event) is SlotsAllocated}
+            counts = dict(zip(end.requests or (), end.num_tokens or ()))
+            order = end.kept or [key for key in counts if key not in told]
+            self.kept = [(key, counts.get(key)) for key in order]
+        elif type(end) is StepUpdated and end.step in self.steps:
+            step = self.steps.pop(end.step)
+            requests, counts = step.requests or [], step.num_tokens or []
+            outputs = end.num_output_tokens or [0] * len(requests)
+            self.answers = dict(zip(requests, zip(counts, outputs)))
 
-    def _keep(self, key: int, num_tokens: int | None) -> None:
-        """A call of ``allocate_slots`` that needed no block and left no event."""
+    # Calls that have an event -----------------------------------------------------------
+
+    def allocated(self, event: SlotsAllocated) -> None:
+        key = event.request
+        if self.filled is not None:
+            self._fill(key)
+        if self.kept:
+            self._run_kept(event.num_kept)
+        self._allocate(event)
+        self.settle()
+        self.grown.add(key)
+        self.worker.grow(key, event.blocks)
+
+    def refused(self, event: SlotsRefused) -> None:
+        self._fill()
+        self._run_kept(event.num_kept)
+        self._allocate(event)
+        self.settle()
+
+    def _allocate(self, event: SlotsAllocated | SlotsRefused) -> None:
+        key = event.request
         request = self.requests[key]
-        if num_tokens is None:
-            # Scheduled first and preempted then: the step does not say how much it was to do.
-            ahead = request.num_tokens + request.num_output_placeholders
-            num_tokens = ahead - request.num_computed_tokens
-        self.manager.allocate_slots(request, num_tokens)
-
-    def _allocate(self, event: Any, number: int) -> None:
-        request = self.requests[event.request]
-        hits, num_hit = self.hits.pop(event.request, (None, 0))
-        admitted = request.status is not RequestStatus.RUNNING
-        if admitted and event.num_hit_tokens != num_hit:
-            raise Diverged(
-                number, ("hit of slots.allocated", event.num_hit_tokens), ("hit", num_hit)
-            )
-        if admitted:
-            self.worker.admit(event.request, hits)
+        if request.status is RequestStatus.RUNNING:
+            self._call(key, event.num_new_tokens)
+            return
+        hits, num_hit = self.hits.pop(key, (None, 0))
+        self.require(event, "hit of the call", event.num_hit_tokens, num_hit)
         made = self.manager.allocate_slots(
             request,
             event.num_new_tokens,
             num_hit,
             hits,
-            full_sequence_must_fit=admitted and self.whole,
+            full_sequence_must_fit=self.whole,
             has_scheduled_reqs=True,
         )
-        if made is not None and admitted:
+        if made is not None:
+            self.called.add(key)
             request.status = RequestStatus.RUNNING
             request.num_computed_tokens = num_hit
-        self.settle(number)
+            self.worker.admit(key, hits)
 
-    def _preempt(self, event: RequestPreempted, number: int) -> None:
+    def looked_up(self, event: PrefixLookedUp) -> None:
+        self._fill()
+        self._run_kept(len(self.kept))
+        self.learn_hashes(event)
         request = self.requests[event.request]
-        lost = ("request.preempted", event.request, request.num_computed_tokens)
-        self.told.append(lost)
+        hits, num_hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
+        self.hits[event.request] = (hits, num_hit)
+        self.settle()
+
+    def freed(self, event: RequestFreed) -> None:
+        if self.filled is not None:
+            self._fill()
+        key = event.request
+        self._answer(key)
+        self.steady.leave(key)
+        self.manager.free(self.requests[key])
+        self.worker.forget(key)
+        self.settle()
+
+    def finished(self, event: RequestFinished) -> None:
+        self.steady.leave(event.request)
+        self.hits.pop(event.request, None)
+        self.forget(event.request)
+
+    def preempted(self, event: RequestPreempted) -> None:
+        request = self.requests[event.request]
+        self.told.append(("request.preempted", event.request, request.num_computed_tokens))
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         if self.rules.stale_output_waits:
             request.num_stale_output_tokens = request.num_in_flight_tokens
             request.num_output_placeholders = 0
         request.num_preemptions += 1
-        self.settle(number)
+        self.settle()
 
-    def _advance(self, event: StepScheduled, number: int) -> None:
-        self.require(
-            number,
-            "free blocks",
-            event.num_free_blocks,
-            self.manager.block_pool.get_num_free_blocks(),
-        )
-        for key, count in zip(event.requests or (), event.num_tokens or (), strict=True):
+    def reset(self, event: PrefixCacheReset) -> None:
+        self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
+
+    # Calls that have none ---------------------------------------------------------------
+
+    def cached(self, event: BlocksCached) -> None:
+        """Within a call whose event comes next, or in one that took no block, or when an output came."""
+        self.learn_hashes(event)
+        if self.one_by_one:
+            self._answer(event.request)
+            place = next((i for i, (key, _) in enumerate(self.kept) if key == event.request), -1)
+            self._run_kept(place + 1)
+        elif self.filled != event.request:
+            self._fill()
+            self.filled = event.request
+
+    def _fill(self, caller: int | None = None) -> None:
+        """Make the silent call that filled a block, unless it is the caller's own, which comes now."""
+        key, self.filled = self.filled, None
+        if key is None or key == caller:
+            return
+        end, num_tokens = self.end, None
+        if type(end) is StepScheduled and key in (end.requests or ()):
+            num_tokens = end.num_tokens[end.requests.index(key)]
+        self._call(key, num_tokens)
+
+    def _run_kept(self, count: int) -> None:
+        """Make the first ``count`` of a schedule's silent calls, as far as they are not made."""
+        while self.num_kept_done < min(count, len(self.kept)):
+            self.num_kept_done += 1
+            self._call(*self.kept[self.num_kept_done - 1])
+
+    def _call(self, key: int, num_tokens: int | None) -> None:
+        """``allocate_slots`` for a running request."""
+        request = self.requests[key]
+        self.steady.catch_up(key)
+        if num_tokens is None:
+            # Scheduled first and preempted then: the step does not say how much it was to do.
+            ahead = request.num_tokens + request.num_output_placeholders
+            num_tokens = ahead - request.num_computed_tokens
+        if self.manager.allocate_slots(request, num_tokens) is not None:
+            self.called.add(key)
+            self.steady.was_called(key, self.manager.requests[key].quiet_until)
+
+    # Steps ------------------------------------------------------------------------------
+
+    def scheduled(self, event: StepScheduled) -> None:
+        self._fill()
+        self._run_kept(len(self.kept))
+        requests, counts = event.requests or [], event.num_tokens or []
+        if self.steps and not self.one_by_one:
+            self._overlap()
+        if requests is not self.order or counts is not self.counts or self.others:
+            self._sort(requests, counts)
+        for key, num_tokens in self.others.items():
+            if key not in self.called:
+                self._call(key, num_tokens)
+        for key in self.steady.due():
+            self._call(key, 1)
+        self.settle()
+        num_silent = len(event.kept) or len(requests) - len(self.grown.intersection(requests))
+        self.require(event, "calls without a block", event.num_kept, num_silent)
+        self.require(event, "free blocks", event.num_free_blocks, self.pool.get_num_free_blocks())
+        self.num_silent += num_silent
+        self.grown.clear()
+        self.called.clear()
+        self.steady.num_scheduled += 1
+        if self.others:
+            self._advance()
+        if requests:
+            self.steps[event.step] = event
+        self.worker.plan(event)
+
+    def _overlap(self) -> None:
+        """Steps overlap without async scheduling (pipelines)."""
+        self.one_by_one = True
+        for key in [*self.steady.members]:
+            self.steady.leave(key)
+
+    def _sort(self, requests: list[int], counts: list[int]) -> None:
+        """Who is steady in this step, and who is not."""
+        members = self.steady.members
+        for key in members.keys() - requests:
+            self.steady.leave(key)
+        if counts.count(1) != len(counts):
+            for key, num_tokens in zip(requests, counts):
+                if num_tokens != 1 and key in members:
+                    self.steady.leave(key)
+        self.order, self.counts = requests, counts
+        self.others = {key: n for key, n in zip(requests, counts) if key not in members}
+
+    def _advance(self) -> None:
+        """Count what was planned for those who are not steady; who decodes becomes it."""
+        for key, num_tokens in [*self.others.items()]:
             request = self.requests[key]
-            request.num_computed_tokens += count
-            request.num_in_flight_tokens += count
+            request.num_computed_tokens += num_tokens
+            if not self.one_by_one:
+                if num_tokens == 1:
+                    self.steady.join(key, request, self.manager.requests[key].quiet_until)
+                    del self.others[key]
+                continue
+            request.num_in_flight_tokens += num_tokens
             ahead = request.num_tokens + request.num_output_placeholders
             if self.asynchronous and request.num_computed_tokens >= ahead:
                 request.num_output_placeholders += 1
-        self.steps[event.step] = event
-        self.worker.plan(event, self.block_size)
 
-    def _answers(self, event: StepUpdated) -> list[tuple[int, Callable[[], object]]]:
-        """What ``update_from_output`` does to each request of the step, in order."""
+    def updated(self, event: StepUpdated) -> None:
+        if self.filled is not None:
+            self._fill()
+        if self.one_by_one:
+            for key in [*self.answers]:
+                self._answer(key)
+            return
         step = self.steps.pop(event.step, None)
         if step is None:
-            return []
-        requests, counts = step.requests or [], step.num_tokens or []
-        outputs = event.num_output_tokens or [0] * len(requests)
-        return [
-            (request, partial(self._answer, request, scheduled, sampled))
-            for request, scheduled, sampled in zip(requests, counts, outputs, strict=True)
-        ]
+            return
+        self.steady.num_updated += 1
+        outputs = event.num_output_tokens or [0] * len(self.order)
+        if not self.others and outputs.count(1) == len(outputs):
+            return
+        for key, sampled in zip(self.order, outputs, strict=True):
+            if key in self.others:
+                if key in self.requests:
+                    self.requests[key].num_tokens += sampled
+            elif sampled != 1:
+                self.steady.sampled(key, sampled)
 
-    def _answer(self, key: int, scheduled: int, sampled: int) -> None:
+    def _answer(self, key: int) -> None:
+        """One by one: what ``update_from_output`` does to a request."""
         request = self.requests.get(key)
-        if request is None:
+        scheduled, sampled = self.answers.pop(key, (0, 0))
+        if request is None or not scheduled:
             return
         request.num_in_flight_tokens -= scheduled
         stale = request.num_stale_output_tokens > 0
@@ -193,28 +326,10 @@ class ManagerReplay(Replay):
                 )
                 self.manager.cache_blocks(request, known)
 
+    # Workers ----------------------------------------------------------------------------
 
-class _Silent:
-    """Actions, one a request, that left no event of their own but whose order is known.
+    def row_changed(self, event: TableRowChanged) -> None:
+        self.worker.row_changed(self.process, event)
 
-    Each is done when an event comes up that only it, or a later one, can have caused.
-    """
-
-    def __init__(self, actions: Sequence[tuple[int, Callable[[], object]]]) -> None:
-        self.actions = actions
-        self.places = {request: place for place, (request, _) in enumerate(actions)}
-        self.done = 0
-
-    def run_through(self, request: int) -> None:
-        """Those up to and with this request's, if it has one."""
-        self.run(self.places.get(request, -1) + 1)
-
-    def run_rest(self) -> None:
-        self.run(len(self.actions))
-
-    def run(self, count: int) -> None:
-        """Do the first ``count`` of them."""
-        while self.done < min(count, len(self.actions)):
-            action = self.actions[self.done][1]
-            self.done += 1
-            action()
+    def slots_mapped(self, event: SlotsMapped) -> None:
+        self.worker.compare(self.process, event)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_trace.events import SlotsMapped, StepScheduled, TableRowChanged
-from vllm_trace.replay.facts import Fact
-from vllm_trace.trace import Record
+from vllm_trace.replay.base import Diverged
 
+PLANS_KEPT = 8
+"""Steps that may be scheduled and not executed yet."""
 
-class Diverged(Exception):
-    """Both sides differ: at which event, what was recorded, what ``mini`` did."""
-
-    def __init__(self, number: int, recorded: Fact | None, mini: Fact | None) -> None:
-        super().__init__(number)
-        self.number, self.recorded, self.mini = number, recorded, mini
+Tables = dict[int, list[list[int]]]
+"""Block ids by request and group, in logical order."""
 
 
 class WorkerTables:
@@ -22,44 +19,51 @@ class WorkerTables:
 
     def __init__(self, num_groups: int) -> None:
         self.num_groups = num_groups
-        self.tables: dict[int, list[list[int]]] = {}
+        self.tables: Tables = {}
         self.rows: dict[tuple[int, int, int], list[int]] = {}
-        self.planned: dict[int, dict[int, list[list[int]]]] = {}
-        self.block_size = 0
+        """What kernels received, by process, group and request."""
+        self.planned: dict[int, Tables] = {}
+        """The tables that a step was planned with: it may run when others are there."""
+        self._plan: Tables = {}
+        self._requests: list[int] | None = None
+        """Whom ``_plan`` is of; None when their tables are others now."""
 
     def admit(self, request: int, hits: Any) -> None:
         ids = [[block.block_id for block in group] for group in hits or ()]
         self.tables[request] = ids or [[] for _ in range(self.num_groups)]
+        self._requests = None
 
     def grow(self, request: int, new: list[list[int]]) -> None:
-        table = self.tables.setdefault(request, [[] for _ in range(self.num_groups)])
-        for row, ids in zip(table, new, strict=False):
+        for row, ids in zip(self.tables[request], new):
             row.extend(ids)
 
     def forget(self, request: int) -> None:
         self.tables.pop(request, None)
+        self._requests = None
 
-    def plan(self, event: StepScheduled, block_size: int) -> None:
-        """Remember which tables this step was planned with: it may run when others are there."""
-        self.block_size = block_size
-        tables = self.tables
-        self.planned[event.step] = {r: tables[r] for r in event.requests or () if r in tables}
-        for old in [step for step in self.planned if step < event.step - 8]:
-            del self.planned[old]
+    def plan(self, event: StepScheduled) -> None:
+        requests, tables = event.requests or [], self.tables
+        if requests is not self._requests:
+            self._plan = {request: tables[request] for request in requests if request in tables}
+            self._requests = requests
+        self.planned[event.step] = self._plan
+        if len(self.planned) > PLANS_KEPT:
+            del self.planned[next(iter(self.planned))]
 
-    def observe(self, record: Record) -> None:
-        event = record.event
-        if type(event) is TableRowChanged:
-            row = self.rows.setdefault((record.process, event.group, event.request), [])
-            row[event.first :] = event.blocks
-        elif type(event) is SlotsMapped:
-            self._compare(record, event)
+    def row_changed(self, process: int, event: TableRowChanged) -> None:
+        row = self.rows.setdefault((process, event.group, event.request), [])
+        row[event.first :] = event.blocks
 
-    def _compare(self, record: Record, event: SlotsMapped) -> None:
+    def compare(self, process: int, event: SlotsMapped) -> None:
+        """Every row and slot of a batch. Raises: ``Diverged``."""
         planned = self.planned.get(event.step)
         if planned is None:
             return
-        size, ratio = event.block_size, event.block_size // event.kernel_block_size
+        size, ratio, group = (
+            event.block_size,
+            event.block_size // event.kernel_block_size,
+            event.group,
+        )
         cursor = 0
         for request, query, length in zip(
             event.requests, event.query_lens, event.seq_lens, strict=True
@@ -68,21 +72,16 @@ class WorkerTables:
             cursor += query
             if request not in planned:
                 continue
-            mine = planned[request][event.group]
-            row = self.rows.get((record.process, event.group, request), [])
+            mine = planned[request][group]
+            row = self.rows.get((process, group, request), [])
             theirs = [block // ratio for block in row[::ratio]] if ratio > 1 else row
             used = -(-length // size)
             if theirs[:used] != mine[:used]:
-                raise Diverged(
-                    record.number,
-                    ("worker's table", request, theirs[:used]),
-                    ("table", request, mine[:used]),
-                )
+                recorded = ("worker's table", request, theirs[:used])
+                raise Diverged(recorded, ("table", request, mine[:used]), event)
             expected = [
                 mine[position // size] * size + position % size
                 for position in range(length - query, length)
             ]
             if slots != expected:
-                raise Diverged(
-                    record.number, ("slots", request, slots), ("slots", request, expected)
-                )
+                raise Diverged(("slots", request, slots), ("slots", request, expected), event)

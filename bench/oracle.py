@@ -1,0 +1,225 @@
+"""The oracle's own speed and memory: ``mini`` against vLLM, ``replay``, ``check``: ``python -m bench --only oracle``.
+
+Everything is a ratio of one run, or CPU time on one core; rounds take turns, and their spread is printed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+READER = """
+import sys, time
+from pathlib import Path
+what, path = sys.argv[1], Path(sys.argv[2])
+from vllm_trace.trace import read_trace
+from vllm_trace.replay import replay
+from vllm_trace.invariants.checking import check
+began = time.process_time()
+if what == "check":
+    report = check(read_trace(path))
+    assert not report.of("violated") and not report.of("raised"), report.text()
+    count = report.num_events
+else:
+    done = replay(read_trace(path), what)
+    assert done.passed, (done.divergence, done.not_judged)
+    count = done.num_events
+took = time.process_time() - began
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(count, took, peak)
+"""
+"""One reading in a fresh process: (events, CPU seconds, kB at the highest)."""
+
+
+def measure(quick: bool, tell: Callable[[str], object]) -> dict[str, Any]:
+    """All figures, as plain values."""
+    from bench import long_trace, mini_block_manager
+
+    figures: dict[str, Any] = {}
+    tell("mini's block manager against vLLM's")
+    operations, repeat = (20_000, 2) if quick else (100_000, 5)
+    figures["block_manager"] = mini_block_manager.measure(operations, 0, repeat)
+    with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as name:
+        folder = Path(name)
+        tell("recording a run to replay")
+        record(folder / "run", 1000 if quick else 8000)
+        tell("replay and check")
+        figures["speed"] = speeds(folder / "run", 2 if quick else 5)
+        tell("the same rules in SQL")
+        figures["sql"] = against_sql(folder / "run", folder / "tables", 2 if quick else 5)
+        figures["memory"] = []
+        for count in (100_000, 1_000_000 if quick else 10_000_000):
+            tell(f"replay and check of {count:,} events")
+            path = long_trace.write(folder / f"long-{count}.vtrace", count)
+            for what in ("manager", "engine", "check"):
+                figures["memory"].append({"what": what} | read(what, path))
+            path.unlink()
+    return figures
+
+
+def record(folder: Path, steps: int) -> None:
+    """A run of the real scheduler with tracing on from the start, in a process of its own."""
+    code = (
+        "import sys\n"
+        "from bench.engine import Engine\n"
+        "from vllm_trace import hooks\n"
+        "from vllm_trace.options import Options\n"
+        "hooks.attach(Options(dir=sys.argv[1]))\n"
+        "Engine().serve(int(sys.argv[2]))\n"
+        "hooks.detach()\n"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(steps)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+
+
+def speeds(trace: Path, rounds: int) -> dict[str, Any]:
+    """Events a second of each reader of one trace; in every round each once."""
+    from vllm_trace.invariants.checking import check
+    from vllm_trace.replay import replay
+    from vllm_trace.trace import read_trace
+
+    manager = replay(read_trace(trace), "manager")
+    assert manager.passed, (manager.divergence, manager.not_judged)
+    readers: dict[str, Callable[[], object]] = {
+        "read": lambda: sum(map(len, read_trace(trace).files[0].batches())),
+        "manager": lambda: replay(read_trace(trace), "manager"),
+        "engine": lambda: replay(read_trace(trace), "engine"),
+        "check": lambda: check(read_trace(trace)),
+    }
+    took: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, reader in readers.items():
+            began = process_time()
+            reader()
+            took[name].append(process_time() - began)
+    events = manager.num_events
+    return {
+        "num_events": events,
+        "silent_calls": manager.num_silent,
+        "events_per_s": {
+            name: [events / max(times), events / statistics.median(times), events / min(times)]
+            for name, times in took.items()
+        },
+    }
+
+
+def against_sql(trace: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """``check`` and the same rules in DuckDB SQL, from the same trace, on one core, in turns."""
+    if importlib.util.find_spec("bench.sql_invariants") is None:
+        return {"absent": "bench/sql_invariants.py is not in this checkout"}
+    from bench import sql_invariants
+    from vllm_trace.invariants.checking import check
+    from vllm_trace.trace import read_trace
+
+    command = [sys.executable, "-m", "vllm_trace", "export", str(trace), "--to", "parquet"]
+    subprocess.run([*command, "-o", str(folder)], check=True, cwd=ROOT, capture_output=True)
+    rules = [*sql_invariants.RULES]  # without those that SQL cannot say
+    took: dict[str, list[float]] = {"check": [], "sql": []}
+    for _ in range(rounds):
+        began = process_time()
+        report = check(read_trace(trace), rules)
+        took["check"].append(process_time() - began)
+        assert not report.of("violated")
+        began = process_time()
+        assert not any(sql_invariants.run(folder).values())
+        took["sql"].append(process_time() - began)
+    return {
+        "rules": rules,
+        "check_s": statistics.median(took["check"]),
+        "sql_s": statistics.median(took["sql"]),
+        "ratios": [sql / own for sql, own in zip(took["sql"], took["check"])],
+    }
+
+
+def read(what: str, path: Path) -> dict[str, Any]:
+    """One reading in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", READER, what, str(path)], capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    count, took, peak = done.stdout.split()
+    return {"num_events": int(count), "seconds": float(took), "peak_mb": int(peak) / 1024}
+
+
+# Showing --------------------------------------------------------------------------------
+
+HEADS = ("what", "figure", "spread", "target")
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(what, figure, spread, target)."""
+    made = []
+    for kind in figures["block_manager"]["kinds"]:
+        low, high = min(kind["ratios"]), max(kind["ratios"])
+        times = f"{kind['vllm_us']:.2f} µs / {kind['mini_us']:.2f} µs = "
+        target = f"≥ {kind['target']:g}×" if kind["target"] else ""
+        ratio = f"{times}{statistics.median(kind['ratios']):.2f}×"
+        made.append(
+            (f"mini against vLLM: {kind['name']}", ratio, f"{low:.2f} … {high:.2f}", target)
+        )
+    speed = figures["speed"]
+    per_event = 1 + speed["silent_calls"] / speed["num_events"]
+    for name, (low, median, high) in speed["events_per_s"].items():
+        figure = f"{median / 1e6:.3f} M events/s"
+        if name in ("manager", "engine"):
+            figure += f" ({median * per_event / 1e6:.2f} M with the silent calls)"
+        said = {"read": "reading alone", "check": "check, 21 rules"}.get(name, f"replay, {name}")
+        target = "≥ 1 M/s" if name in ("manager", "engine") else ""
+        made.append((said, figure, f"{low / 1e6:.3f} … {high / 1e6:.3f}", target))
+    sql = figures["sql"]
+    if "absent" in sql:
+        made.append(("check against DuckDB SQL", sql["absent"], "", "≥ 1.2×"))
+    else:
+        ratios = sql["ratios"]
+        figure = f"{sql['sql_s']:.2f} s / {sql['check_s']:.2f} s = {statistics.median(ratios):.2f}×"
+        spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
+        made.append(("check against the same rules in DuckDB SQL", figure, spread, "≥ 1.2×"))
+    for what in ("manager", "engine", "check"):
+        small, large = (one for one in figures["memory"] if one["what"] == what)
+        figure = ", ".join(
+            f"{one['peak_mb']:.0f} MB at {one['num_events']:,} events" for one in (small, large)
+        )
+        said = what if what == "check" else f"replay, {what}"
+        made.append((f"memory: {said}", figure, f"{large['seconds']:.0f} s", "the same"))
+    return made
+
+
+HOW = """\
+*mini against vLLM*: `bench/mini_block_manager.py`; {operations} operations, every block id equal, block size 16; vLLM's
+CPU time over mini's, less what reading the clock costs, median of {repeat} repetitions and their spread.
+
+*replay*, *check*: a recorded run of the real scheduler ({events:,} events; `bench/engine.py`, 32 requests at a time),
+CPU time of one core from the file to the verdict, median of the rounds and their spread. {silent:,} calls of
+`allocate_slots` took no block: the trace counts them and has no event of each. Replay makes them all the same
+(`replay/steady.py`), and they do not count as events; the figure with them stands in brackets.
+
+*memory*: highest resident memory of a fresh process that reads a trace of that many events in one engine's life
+(`bench/long_trace.py`), and its CPU seconds.
+"""
+
+
+def markdown(figures: dict[str, Any], head: list[str], table: Callable[..., list[str]]) -> str:
+    how = HOW.format(
+        operations=figures["block_manager"]["operations"],
+        repeat=len(figures["block_manager"]["kinds"][0]["ratios"]),
+        events=figures["speed"]["num_events"],
+        silent=figures["speed"]["silent_calls"],
+    )
+    lines = ["# The oracle: speed and memory", "", *head, "", *table(HEADS, rows(figures))]
+    return "\n".join([*lines, "", "## How", "", how])
+
+
+def write(figures: dict[str, Any], folder: Path, head: list[str], table: Any) -> None:
+    (folder / "oracle.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "oracle.md").write_text(markdown(figures, head, table))

@@ -42,7 +42,19 @@ ROOMS = {
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
-    "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
+    "export": (
+        ["__init__", "errors", "events", "explain", "options", "state", "trace", "tracefile"],
+        [
+            "google",
+            "grpc",
+            "msgspec",
+            "opentelemetry",
+            "perfetto",
+            "pyarrow",
+            "requests",
+            "zstandard",
+        ],
+    ),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
 }
 #: May import every room: nobody imports them.

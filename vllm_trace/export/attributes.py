@@ -35,7 +35,8 @@ order and no time of their own: they stand at the beginning of the call, a nanos
 EVENTS = {
     "step": "on `decode`: results of a step are in.",
     "first_token": "on `llm_request`: the first token is in.",
-    "refused": "on `queued` and `decode`: `allocate_slots` returned None.",
+    "refused": "on `queued`, `decode` and, when the request itself gave way, `llm_request`: `allocate_slots` "
+    "returned None.",
     "abort": "on `llm_request`: the request was aborted.",
     "trace_ended": "on a span that was open when the trace ended.",
 }

@@ -75,6 +75,7 @@ class Engine:
         detail: bool = False,
         tokens: bool = False,
         max_steps: int = MAX_DECODE_STEPS,
+        lag: int = LAG,
     ) -> None:
         self.host = host
         self.identity = identity
@@ -84,7 +85,7 @@ class Engine:
         self.emit = emit
         self.sampler = sampler
         self.detail, self.tokens = detail, tokens
-        self.max_steps = max_steps
+        self.max_steps, self.lag = max_steps, lag
         self.names: dict[int, str] = {}
         self.lives: dict[int, Life] = {}
         self.history = PrefixHistory()
@@ -93,7 +94,7 @@ class Engine:
         self.log = StepLog()
         self.in_flight: dict[int, int] = {}
         """Step without results → its place in the log."""
-        self.num_requests = 0
+        self.num_requests = self.num_unsampled = 0
         self.last_ns = 0
         self._pending: list[tuple[Any, ...]] = []
         self._freed: list[BlocksFreed] = []
@@ -366,7 +367,7 @@ class Engine:
         place = self.in_flight.pop(event.step, None)
         logged = None if place is None else self.log.at(place)
         if logged is not None:
-            logged.at_ns, logged.wire = end + self.offset, None
+            logged.at_ns, logged.wire = event.started_ns + self.offset, None
             if counts is not None:
                 logged.attributes[a.NUM_OUTPUT] = 1
         if step.scheduled is not None:
@@ -401,7 +402,6 @@ class Engine:
                     life.exceptions[place] = counts[at]
 
     def _end_chunks(self, step: Step, counts: Any, event: StepUpdated) -> None:
-        end = event.started_ns + event.dur_ns
         for chunk in step.chunks:
             life: Life = chunk.life
             if self.lives.get(life.number) is not life:
@@ -409,12 +409,10 @@ class Engine:
             output = (
                 counts[chunk.place] if counts is not None and chunk.place < len(counts) else None
             )
-            last = end
-            if life.ended is not None:
-                last = min(end, life.ended.at_ns)
-                if output is not None and self._gone_before(life, event.started_ns):
-                    output = 0
-            life.end_chunk(chunk, last, output)
+            end = event.started_ns
+            if self._gone_before(life, end):
+                end, output = life.ended.at_ns, None if output is None else 0  # type: ignore[union-attr]
+            life.end_chunk(chunk, end, output)
         step.chunks = []
 
     def _add_decode_steps(self, step: Step, event: StepUpdated, counts: Any) -> None:
@@ -437,7 +435,7 @@ class Engine:
         self._last_step = max(self._last_step, done)
         while self.steps:
             oldest = next(iter(self.steps.values()))
-            ready = oldest.updated is not None and self._last_step - oldest.number >= LAG
+            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
             if not ready and len(self.steps) <= MAX_OPEN_STEPS:
                 return
             self._emit_step(oldest)

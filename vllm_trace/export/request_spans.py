@@ -110,6 +110,7 @@ class Life:
         self.ids = Ids(int.from_bytes(made[16:], "big"))
         self.root_id = self.ids.at(0)
         self.sampled = engine.sampler(self.trace_id, self.remote)
+        engine.num_unsampled += not self.sampled
         # Where it stands.
         self.waiting = True
         self.queued_since = at_ns
@@ -134,6 +135,7 @@ class Life:
         self.exceptions: dict[int, int] = {}
         """Place in the log → tokens, where it was not one."""
         self.refused_running: list[SpanEvent] = []
+        self.root_events: list[SpanEvent] = []
         self.num_new_blocks = 0
         # In all.
         self.num_output = 0
@@ -317,6 +319,9 @@ class Life:
         if cause:
             facts[a.CAUSED_BY] = cause
         self.num_preemptions += 1
+        # Refused in this very call, and itself the one to give way.
+        self.root_events += self.refused_running + self.refused
+        self.refused, self.refused_running, self.num_refused = [], [], 0
         self.add("preempt", at_ns, at_ns, facts)
         self.queued_since = at_ns
 
@@ -345,8 +350,9 @@ class Life:
         self.leave_range(log.end)
         events: list[SpanEvent] = []
         tokens: int | None = 0
+        latest = end_ns or self.engine.last_ns
         for begin, end in self.ranges:
-            part, count = self._events_of(begin, end)
+            part, count = self._events_of(begin, end, latest)
             events += part
             tokens = None if tokens is None or count is None else tokens + count
         if tokens is not None and self.engine.full:
@@ -362,26 +368,33 @@ class Life:
             links = (step_ids.link(first),)
             if last != first:
                 links += (step_ids.link(last),)
-            end = events[-1].at_ns - offset
+            end = max(end, events[-1].at_ns - offset)
+        end = end_ns or end
         self.num_steps += len(events)
         if self.num_new_blocks:
             more[a.NUM_NEW_BLOCKS] = self.num_new_blocks
         if self.refused_running:
-            events = sorted([*events, *self.refused_running], key=lambda event: event.at_ns)
-            self.refused_running = []
+            within = [event for event in self.refused_running if event.at_ns <= end + offset]
+            self.refused_running = self.refused_running[len(within) :]
+            events = sorted([*events, *within], key=lambda event: event.at_ns)
         self.add(
-            "decode", self.decode_ns, end_ns or end, more, span_id=self.decode_id,
+            "decode", self.decode_ns, end, more, span_id=self.decode_id,
             events=events, links=links,
         )  # fmt: skip
         self.decode_id, self.ranges, self.exceptions = b"", [], {}
 
-    def _events_of(self, begin: int, end: int) -> tuple[list[SpanEvent], int | None]:
-        """Events of a range and the tokens they brought; the shared ones where each got one."""
+    def _events_of(self, begin: int, end: int, latest: int) -> tuple[list[SpanEvent], int | None]:
+        """Events of a range and the tokens they brought; the shared ones where each got one.
+
+        A step whose results are not in brought none, as far as this request is concerned.
+        """
         engine = self.engine
         events = engine.log.slice(begin, end)
-        late = [place for place in engine.in_flight.values() if begin <= place < end]
-        for place in late:
-            self.exceptions.setdefault(place, 0)
+        for place in engine.in_flight.values():
+            if begin <= place < end:
+                self.exceptions.setdefault(place, 0)
+                facts = events[place - begin].attributes
+                events[place - begin] = SpanEvent(latest + engine.offset, "step", facts)
         if not engine.full:
             return events, None
         tokens = len(events)
@@ -399,7 +412,7 @@ class Life:
         if count is not None:
             facts[a.NUM_OUTPUT] = count
         link = self.engine.step_ids.link(updated.step)
-        end = updated.started_ns + updated.dur_ns
+        end = updated.started_ns
         if self.ended is not None:
             end = min(end, self.ended.at_ns)
         self.add("decode_step", started, end, facts, parent=self.decode_id, links=(link,))
@@ -414,7 +427,7 @@ class Life:
             self._end_wait(end, dict(more))
         self.end_decode(end, **more)
         start = self._root_start()
-        events = []
+        events = self.root_events + self.refused_running
         if self.first_token_ns:
             at = min(self.first_token_ns, end)
             more[a.TTFT_NS] = at - start
@@ -433,7 +446,8 @@ class Life:
             Span(
                 self.trace_id, self.root_id, self.remote.span_id if self.remote else b"",
                 "llm_request", start + offset, end + offset, self.engine.resource,
-                self._root_facts(more, reason), kind=SERVER, events=events,
+                self._root_facts(more, reason), kind=SERVER,
+                events=sorted(events, key=lambda event: event.at_ns),
                 error=f"the request ended with {reason!r}" if reason in FAILED else "",
                 remote_parent=self.remote is not None,
             )

@@ -36,7 +36,7 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.export import attributes as a
-from vllm_trace.export.engine_spans import MAX_DECODE_STEPS, Engine, Sampler, layer_index
+from vllm_trace.export.engine_spans import LAG, MAX_DECODE_STEPS, Engine, Sampler, layer_index
 from vllm_trace.export.span import Resource, Span, Traceparent
 from vllm_trace.trace import Trace, time_of
 from vllm_trace.tracefile import TraceFile
@@ -108,6 +108,7 @@ class SpanFold:
         detail: bool = False,
         tokens: bool = False,
         max_steps: int = MAX_DECODE_STEPS,
+        lag: int = LAG,
     ) -> None:
         self.made: list[Span] = []
         self.engines: list[Engine] = []
@@ -117,8 +118,21 @@ class SpanFold:
             "detail": detail,
             "tokens": tokens,
             "max_steps": max_steps,
+            "lag": lag,
         }
         self._sampler = sampler
+
+    @property
+    def num_requests(self) -> int:
+        return sum(engine.num_requests for engine in self.engines)
+
+    @property
+    def num_unsampled(self) -> int:
+        return sum(engine.num_unsampled for engine in self.engines)
+
+    @property
+    def num_late(self) -> int:
+        return sum(engine.late for engine in self.engines)
 
     def open(self, header: dict[str, Any]) -> Process:
         """A process whose batches will come."""

@@ -22,6 +22,7 @@ from vllm_trace.events import (
 from vllm_trace.explain.cache import Miss
 from vllm_trace.export import attributes as a
 from vllm_trace.export.span import (
+    INTERNAL,
     SERVER,
     Ids,
     Link,
@@ -101,7 +102,7 @@ class Life:
         self.number = number
         self.arrival = arrival
         self.name = arrival.request_id if arrival is not None else engine.names.get(number, "")
-        self.started_ns = at_ns
+        self.started_ns = self.latest_ns = at_ns
         self.remote: Traceparent | None = None
         if arrival is not None and arrival.traceparent:
             self.remote = read_traceparent(arrival.traceparent)
@@ -162,13 +163,21 @@ class Life:
     ) -> bytes:
         """Emit a child. Returns its id."""
         span_id = span_id or self.ids.next()
+        # A trace can say anything of its times; a span does not leave its parent.
+        if start_ns < self.started_ns:
+            start_ns = self.started_ns
+        if end_ns < start_ns:
+            end_ns = start_ns
+        if end_ns > self.latest_ns:
+            self.latest_ns = end_ns
         if self.sampled:
-            offset = self.engine.offset
-            self.engine.emit(
+            engine = self.engine
+            offset = engine.offset
+            engine.emit(
                 Span(
                     self.trace_id, span_id, parent or self.root_id, name, start_ns + offset,
-                    max(start_ns, end_ns) + offset, self.engine.resource, attributes,
-                    events=events, links=links, dropped_events=dropped,
+                    end_ns + offset, engine.resource, attributes, INTERNAL, events, links, "", False,
+                    dropped,
                 )
             )  # fmt: skip
         return span_id
@@ -426,6 +435,7 @@ class Life:
         if self.waiting:
             self._end_wait(end, dict(more))
         self.end_decode(end, **more)
+        end = max(end, self.latest_ns)
         start = self._root_start()
         events = self.root_events + self.refused_running
         if self.first_token_ns:

@@ -74,7 +74,7 @@ def test_the_resource_is_the_process(monkeypatch):
         facts["service.name"], facts["service.version"], facts["host.name"], facts["process.pid"],
         facts["vllm_trace.rank"], facts["vllm_trace.role"],
     )  # fmt: skip
-    assert facts["vllm_trace.model"].startswith("tiny-llama")
+    assert facts["vllm_trace.model"].startswith("tiny-opt")
     assert set(facts) <= attributes.ATTRIBUTES.keys()
 
 
@@ -189,7 +189,10 @@ def test_the_wrong_page_and_the_wrong_program(monkeypatch):
             send("")
 
 
-def test_an_answer_of_another_program_is_no_delivery(monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "said"), [(200, "the answer was text/html, not OTLP"), (308, "HTTP 308: it is at")]
+)
+def test_an_answer_of_another_program_is_no_delivery(code, said, monkeypatch):
     """A web server that says 200 to everything: Jaeger's own page on port 16686, for one."""
     from tests.export import receiver
 
@@ -201,13 +204,13 @@ def test_an_answer_of_another_program_is_no_delivery(monkeypatch):
         class Page(usual(given)):
             def do_POST(self):
                 self.rfile.read(int(self.headers["content-length"]))
-                self._answer(200, b"<html>", "text/html")
+                self._answer(code, b"<html>", "text/html")
 
         return Page
 
     monkeypatch.setattr(receiver, "_handler", handler)
     with receiver.http_receiver(inbox) as url:
-        with pytest.raises(ExportError, match="the answer was text/html, not OTLP"):
+        with pytest.raises(ExportError, match=said):
             send(url)
 
 

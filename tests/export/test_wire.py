@@ -35,18 +35,18 @@ def readable(span: Span) -> sdk.ReadableSpan:
 
     parent = context(span.trace_id, span.parent_id, span.remote_parent) if span.parent_id else None
     return sdk.ReadableSpan(
-        span.name,
-        context(span.trace_id, span.span_id),
-        parent,
-        resources.Resource(span.resource.attributes),
-        span.attributes,
-        [sdk.Event(e.name, e.attributes, e.at_ns) for e in span.events],
-        [SdkLink(context(one.trace_id, one.span_id)) for one in span.links],
-        SpanKind.SERVER if span.kind == SERVER else SpanKind.INTERNAL,
-        Status(StatusCode.ERROR, span.error) if span.error else Status(),
-        span.start_ns,
-        span.end_ns,
-        InstrumentationScope(*SCOPE),
+        name=span.name,
+        context=context(span.trace_id, span.span_id),
+        parent=parent,
+        resource=resources.Resource(span.resource.attributes),
+        attributes=span.attributes,
+        events=[sdk.Event(e.name, e.attributes, e.at_ns) for e in span.events],
+        links=[SdkLink(context(one.trace_id, one.span_id)) for one in span.links],
+        kind=SpanKind.SERVER if span.kind == SERVER else SpanKind.INTERNAL,
+        status=Status(StatusCode.ERROR, span.error) if span.error else Status(),
+        start_time=span.start_ns,
+        end_time=span.end_ns,
+        instrumentation_scope=InstrumentationScope(*SCOPE),
     )
 
 

@@ -124,6 +124,9 @@ class _Session(requests.Session):
         self.answers = answers
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        if self.verify is not True:
+            # OTEL_EXPORTER_OTLP_CERTIFICATE; else requests lets REQUESTS_CA_BUNDLE win.
+            kwargs.setdefault("verify", self.verify)
         try:
             response = super().request(*args, **kwargs)
         except requests.RequestException as error:
@@ -133,6 +136,9 @@ class _Session(requests.Session):
         if not response.ok:
             said = "" if kind == "application/x-protobuf" else response.text[:200].strip()
             self.answers.reason = f"HTTP {response.status_code} {response.reason} {said}".strip()
+        elif response.status_code >= 300:
+            where = response.headers.get("location", "elsewhere")
+            self.answers.foreign = f"HTTP {response.status_code}: it is at {where}"
         elif response.content and kind not in ("application/x-protobuf", "application/json"):
             self.answers.foreign = f"the answer was {kind or 'of no type'}, not OTLP"
         elif response.content and kind == "application/x-protobuf":

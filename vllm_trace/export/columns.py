@@ -29,12 +29,12 @@ MARKS = (StepScheduled, StepUpdated)
 """What happened inside these calls stands before them."""
 
 
-def chunks(trace: Trace, tokens: bool = False) -> Iterator[Chunk]:
-    """The whole trace in chunks, in the order of its events; holds two of them.
+def chunks(trace: Trace, tokens: bool = False, after: int = 0) -> Iterator[Chunk]:
+    """The trace in chunks from the event after number ``after`` on; holds two of them.
 
     An event waits at most a chunk for the step and the time that its process tells next.
     """
-    records = trace.records()
+    records = islice(trace.records(), after, None)
     waiting: list[Record] = []
     places: list[list[int | None]] = []
     while True:

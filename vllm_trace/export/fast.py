@@ -29,7 +29,20 @@ from vllm_trace.events import (
 )
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
 from vllm_trace.export.tables import HASHES, PAIRS, SCHEMAS, to_json
-from vllm_trace.export.tokenize import BOOL, FLOAT, LIST, MAP, NEGATIVE, NIL, NUMBER, TEXT, tokenize
+from vllm_trace.export.tokenize import (
+    BOOL,
+    FLOAT,
+    LIST,
+    MAP,
+    NIL,
+    NUMBER,
+    TEXT,
+    pick,
+    pick_lists,
+    pick_texts,
+    tokenize,
+    walk,
+)
 from vllm_trace.tracefile import TraceFile
 
 MISSING = 99
@@ -240,12 +253,9 @@ class _Reading:
         required = len(fields) - len(defaults)
         if lengths.min() - 1 < required:
             raise Unusual(f"a {cls.kind} with too few fields")
-        cursor = heads + 2
-        found: dict[str, np.ndarray] = {}
-        for place, name in enumerate(fields):
-            there = lengths > place + 1
-            found[name] = cursor = cursor if there.all() else np.where(there, cursor, self.nothing)
-            cursor = self.nexts[cursor]
+        tokens = np.empty((len(fields), len(heads)), np.int32)
+        walk(heads, lengths, self.nexts, self.nothing, tokens)
+        found = dict(zip(fields, tokens))
         self._place(cls, found, which, frame)
         types = {field.name: field.type for field in SCHEMAS[cls]}
         made = {}
@@ -326,13 +336,11 @@ class _Reading:
         self, at: np.ndarray, unsigned: bool = False, spread: np.ndarray | None = None
     ) -> np.ndarray:
         """Numbers that these tokens are; with ``spread``, at the places that it marks."""
-        sorts, values = self.sorts[at], self.values[at]
-        if unsigned:
-            if (sorts != NUMBER).any():
-                raise Unusual("a hash")
-            values = values.view(np.uint64)
-        elif (((sorts != NUMBER) | (values < 0)) & (sorts != NEGATIVE)).any():
+        values = np.empty(len(at), np.int64)
+        if not pick(at, self.sorts, self.values, unsigned, values):
             raise Unusual("a number")
+        if unsigned:
+            values = values.view(np.uint64)
         if spread is None:
             return values
         wide = np.zeros(len(spread), values.dtype)
@@ -352,8 +360,10 @@ class _Reading:
 
     def lists(self, at: np.ndarray, unsigned: bool) -> pa.Array:
         lengths, null = self._lengths(at, LIST)
-        inside = _ranges(at + 1, lengths)
-        values = pa.array(self.numbers(inside, unsigned))
+        values = np.empty(int(lengths.sum()), np.int64)
+        if not pick_lists(at, lengths, self.sorts, self.values, unsigned, values):
+            raise Unusual("a list of numbers")
+        values = pa.array(values.view(np.uint64) if unsigned else values)
         return pa.ListArray.from_arrays(_offsets(lengths), values, mask=_mask(null))
 
     def lists_of_lists(self, at: np.ndarray, unsigned: bool) -> pa.Array:
@@ -389,7 +399,8 @@ class _Reading:
         if ((sorts != TEXT) & ~null).any():
             raise Unusual("a text")
         sizes = np.where(null, 0, values & 0xFFFFFFFF)
-        data = self.bytes[_ranges(values >> 32, sizes)]
+        data = np.empty(int(sizes.sum()), np.uint8)
+        pick_texts(at, sizes, self.bytes, self.values, data)
         valid = pa.array(~null).buffers()[1] if null.any() else None
         buffers = [valid, _offsets(sizes).buffers()[1], pa.py_buffer(data)]
         made = pa.Array.from_buffers(pa.string(), len(at), buffers)
@@ -427,7 +438,9 @@ class _Reading:
         for name, last in self.last.items():
             given = made[name]
             absent = self.sorts[found[name]]
-            source = np.where((absent == NIL) | (absent == MISSING), 0, np.arange(1, len(given) + 1))
+            source = np.where(
+                (absent == NIL) | (absent == MISSING), 0, np.arange(1, len(given) + 1)
+            )
             if not source.all():
                 source = np.maximum.accumulate(source)
                 given = pa.concat_arrays([last, given]).take(pa.array(source))

@@ -126,3 +126,59 @@ def tokenize(raw, sorts, values, nexts, places, starts, ends):  # type: ignore[n
         if position != end:
             return -1, position
     return num_tokens, num_events
+
+
+@njit(cache=True)
+def walk(heads, lengths, nexts, nothing, fields):  # type: ignore[no-untyped-def]
+    """The token of each field of each event; ``nothing`` for one that is not there."""
+    for event in range(len(heads)):
+        token = heads[event] + 2
+        for field in range(len(fields)):
+            if lengths[event] > field + 1:
+                fields[field, event] = token
+                token = nexts[token]
+            else:
+                fields[field, event] = nothing
+
+
+@njit(cache=True)
+def pick(at, sorts, values, unsigned, made):  # type: ignore[no-untyped-def]
+    """The numbers that tokens are; False when one is none, or does not fit."""
+    for i in range(len(at)):
+        token = at[i]
+        value = values[token]
+        if sorts[token] != NUMBER:
+            if unsigned or sorts[token] != NEGATIVE:
+                return False
+        elif value < 0 and not unsigned:
+            return False
+        made[i] = value
+    return True
+
+
+@njit(cache=True)
+def pick_lists(at, lengths, sorts, values, unsigned, made):  # type: ignore[no-untyped-def]
+    """The numbers in lists of numbers, one list after the other; False as in ``pick``."""
+    count = 0
+    for i in range(len(at)):
+        for token in range(at[i] + 1, at[i] + 1 + lengths[i]):
+            value = values[token]
+            if sorts[token] != NUMBER:
+                if unsigned or sorts[token] != NEGATIVE:
+                    return False
+            elif value < 0 and not unsigned:
+                return False
+            made[count] = value
+            count += 1
+    return True
+
+
+@njit(cache=True)
+def pick_texts(at, sizes, raw, values, made):  # type: ignore[no-untyped-def]
+    """The bytes of texts, one after the other."""
+    count = 0
+    for i in range(len(at)):
+        place = values[at[i]] >> 32
+        for byte in range(place, place + sizes[i]):
+            made[count] = raw[byte]
+            count += 1

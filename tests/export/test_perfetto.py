@@ -2,6 +2,7 @@
 
 import io
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ pytest.importorskip(
     "perfetto", reason="perfetto is not installed: pip install 'vllm-trace[export]'"
 )
 
-from export.timeline import read
 from helpers import configured, run_cli, write_trace
 from recorded import admitted, arrived, ended, written
 from recorded import step as planned
 
+from export.timeline import read
 from vllm_trace.events import (
     AttentionCalled,
     RequestPreempted,
@@ -89,7 +90,7 @@ def test_a_request_is_queued_computes_its_prompt_decodes_and_is_preempted(tmp_pa
     names = [each.name for each in phases]
     assert ["queued", "prefill", "decode", "preempted", "prefill", "decode"] == names
     assert [64] == [e.facts["num_lost_tokens"] for e in phases if e.name == "preempted"]
-    assert all(one.end == other.begin for one, other in zip(phases, phases[1:]))
+    assert all(one.end == other.begin for one, other in pairwise(phases))
     assert (whole.begin, whole.end) == (phases[0].begin, phases[-1].end)
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import Event, StepScheduled, StepUpdated
-from vllm_trace.export.tables import SCHEMAS, is_json, to_json
+from vllm_trace.export.tables import PLACE, SCHEMAS, is_json, to_json
 from vllm_trace.trace import Record, Trace, time_of
 
 CHUNK = 16_384
@@ -86,7 +86,9 @@ def _chunk(
 def _batch(
     cls: type[Event], places: list[Place], events: list[Event], tokens: bool
 ) -> pa.RecordBatch:
-    columns = [pa.array(column, pa.int64()) for column in zip(*places)]
+    columns = [
+        _array(cls, name, column, pa.int64()) for name, column in zip(PLACE, zip(*places))
+    ]
     columns += own_columns(cls, events, tokens)
     return pa.record_batch(columns, schema=SCHEMAS[cls])
 
@@ -107,10 +109,14 @@ def own_columns(cls: type[Event], events: Sequence[Event], tokens: bool) -> list
             values = [list(value.items()) for value in values]
         elif field.name == "groups":
             values = msgspec.to_builtins(values)
-        try:
-            made.append(pa.array(values, field.type))
-        except (pa.ArrowInvalid, OverflowError) as error:
-            raise TraceError(
-                f"a {cls.kind} has a number in {field.name} that no engine has: {error}"
-            ) from None
+        made.append(_array(cls, field.name, values, field.type))
     return made
+
+
+def _array(cls: type[Event], name: str, values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowInvalid, OverflowError) as error:
+        raise TraceError(
+            f"a {cls.kind} has a number in {name} that no engine has: {error}"
+        ) from None

@@ -19,8 +19,10 @@ MEMORY = "512MB"
 STEPS = """
 WITH planned AS (SELECT process, step, number FROM step_scheduled),
 updated AS (
-  SELECT process AS engine, step AS of_step, number AS told, started_ns, dur_ns, num_output_tokens
-  FROM step_updated),
+  SELECT p.number, e.dur_ns AS update_ns, e.started_ns + e.dur_ns AS updated_ns,
+         e.num_output_tokens
+  FROM step_updated e
+  ASOF JOIN planned p ON p.process = e.process AND p.step = e.step AND p.number <= e.number),
 ran AS (
   SELECT p.number, max(e.dur_ns) AS execute_ns,
          max(e.forward_dur_ns) AS forward_ns, max(e.num_tokens_padded) AS num_tokens_padded
@@ -50,8 +52,8 @@ preemptions AS (
   ASOF JOIN planned p ON p.process = e.process AND p.number >= e.number
   GROUP BY ALL)
 SELECT s.number, s.process, s.step, s.at_ns,
-       s.dur_ns AS schedule_ns, execute_ns, forward_ns, sample_ns, u.dur_ns AS update_ns,
-       u.started_ns + u.dur_ns - s.started_ns AS wall_ns,
+       s.dur_ns AS schedule_ns, execute_ns, forward_ns, sample_ns, update_ns,
+       updated_ns - s.started_ns AS wall_ns,
        len(s.requests) AS num_requests,
        coalesce(list_sum(s.num_tokens), 0)::BIGINT AS num_tokens,
        -- A request that joins, or computes several tokens, is in its prefill.
@@ -61,14 +63,13 @@ SELECT s.number, s.process, s.step, s.at_ns,
            OR list_contains(s.resumed, s.requests[i]))), 0)::BIGINT AS num_prefill_tokens,
        coalesce(list_sum(s.num_tokens), 0)::BIGINT - num_prefill_tokens AS num_decode_tokens,
        num_tokens_padded,
-       list_sum(u.num_output_tokens)::BIGINT AS num_output_tokens,
+       list_sum(num_output_tokens)::BIGINT AS num_output_tokens,
        s.num_running, s.num_waiting, s.num_free_blocks,
        len(s.new) AS num_new, len(s.resumed) AS num_resumed,
        coalesce(num_preempted, 0) AS num_preempted, coalesce(num_refused, 0) AS num_refused,
        coalesce(num_evicted, 0) AS num_evicted, variant
 FROM step_scheduled s
-ASOF LEFT JOIN updated u
-  ON u.engine = s.process AND u.of_step = s.step AND u.told >= s.number
+LEFT JOIN updated USING (number)
 LEFT JOIN ran USING (number)
 LEFT JOIN sampled USING (number)
 LEFT JOIN variants USING (number)
@@ -79,13 +80,15 @@ ORDER BY s.number
 """
 
 REQUESTS = """
-WITH each_step AS (
+WITH planned AS (SELECT process, step, number FROM step_scheduled),
+updated AS (
+  SELECT p.number, e.started_ns + e.dur_ns AS updated_ns, e.num_output_tokens
+  FROM step_updated e
+  ASOF JOIN planned p ON p.process = e.process AND p.step = e.step AND p.number <= e.number),
+each_step AS (
   SELECT unnest(s.requests) AS request, unnest(s.num_tokens) AS num_tokens,
-         unnest(u.num_output_tokens) AS num_outputs, s.step, s.at_ns,
-         u.started_ns + u.dur_ns AS updated_ns
-  FROM step_scheduled s
-  ASOF LEFT JOIN step_updated u
-    ON u.process = s.process AND u.step = s.step AND u.number >= s.number),
+         unnest(num_output_tokens) AS num_outputs, s.step, s.at_ns, updated_ns
+  FROM step_scheduled s LEFT JOIN updated USING (number)),
 ran AS (
   SELECT request, min(step) AS first_step, max(step) AS last_step, count(*) AS num_steps,
          min(at_ns) AS scheduled_ns, min(updated_ns) FILTER (num_outputs > 0) AS first_output_ns,

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     EVENT_TYPES,
     AnyEvent,
@@ -27,6 +28,7 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.export import columns
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
 from vllm_trace.export.tables import HASHES, PAIRS, SCHEMAS, to_json
 from vllm_trace.export.tokenize import (
@@ -137,7 +139,7 @@ class _Frame:
                 has[:] = True
         return bool(before.has_step.all() and before.has_time.all()) or (
             # ``columns`` lets an event wait for a chunk, and so must this.
-            self.number - before.number > 4 * len(before.steps)
+            self.number - before.number > columns.CHUNK
         )
 
     def done(self) -> Chunk:
@@ -283,8 +285,13 @@ class _Reading:
         for row, event in zip(which.tolist(), events):
             at = getattr(event, "at_ns", None)
             if at is not None:
+                if not -(1 << 63) <= at < 1 << 63:
+                    raise Unusual("a time")
                 frame.times[row], frame.has_time[row] = at, True
-        return own_columns(cls, events, self.with_tokens)
+        try:
+            return own_columns(cls, events, self.with_tokens)
+        except TraceError as error:
+            raise Unusual(str(error)) from None
 
     def _bytes_of(self, which: np.ndarray) -> Iterator[tuple[int, int]]:
         return zip(self.begins[which].tolist(), self.ends[which].tolist())

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, files, overhead, start
+from bench import arms, export_tables, files, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +32,10 @@ PACKAGES = (
     "zstandard",
     "opentelemetry-sdk",
     "viztracer",
+    "pyarrow",
+    "duckdb",
+    "numba",
+    "perfetto",
 )
 
 
@@ -45,14 +49,21 @@ def main() -> None:
     tell = Console(stderr=True, quiet=asked.json)
     with tell.status("measuring") as status:
         figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
+        exports = export_tables.measure(asked.quick, status.update)
     asked.output.mkdir(parents=True, exist_ok=True)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
+    export_tables.write(exports, figures["about"], asked.output)
     if asked.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures | {"exports": exports}))
     else:
-        show(figures, Console(width=max(116, Console().width)))
-        tell.print(f"Written: {asked.output}/capture.md and capture.json")
+        console = Console(width=max(116, Console().width))
+        show(figures, console)
+        table = Table(*export_tables.HEADS, title="Export to tables, lines, a timeline")
+        for row in export_tables.rows(exports):
+            table.add_row(*row)
+        console.print(table)
+        tell.print(f"Written: capture and export_tables (.md, .json) in {asked.output}")
 
 
 def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:

@@ -86,9 +86,7 @@ def _chunk(
 def _batch(
     cls: type[Event], places: list[Place], events: list[Event], tokens: bool
 ) -> pa.RecordBatch:
-    columns = [
-        _array(cls, name, column, pa.int64()) for name, column in zip(PLACE, zip(*places))
-    ]
+    columns = [_array(cls, name, column, pa.int64()) for name, column in zip(PLACE, zip(*places))]
     columns += own_columns(cls, events, tokens)
     return pa.record_batch(columns, schema=SCHEMAS[cls])
 

@@ -56,11 +56,12 @@ SELECT s.number, s.process, s.step, s.at_ns,
        updated_ns - s.started_ns AS wall_ns,
        len(s.requests) AS num_requests,
        coalesce(list_sum(s.num_tokens), 0)::BIGINT AS num_tokens,
-       -- A request that joins, or computes several tokens, is in its prefill.
-       coalesce(list_sum(list_filter(s.num_tokens, lambda n, i:
-           n - coalesce(s.num_spec_tokens[s.requests[i]], 0) > 1
-           OR list_contains(s.new, s.requests[i])
-           OR list_contains(s.resumed, s.requests[i]))), 0)::BIGINT AS num_prefill_tokens,
+       -- A request that joins, or computes several tokens, is in its prefill. Most steps have none.
+       CASE WHEN len(s.new) + len(s.resumed) = 0 AND list_max(s.num_tokens) <= 1 THEN 0
+            ELSE coalesce(list_sum(list_filter(s.num_tokens, lambda n, i:
+                   n - coalesce(s.num_spec_tokens[s.requests[i]], 0) > 1
+                   OR list_contains(s.new, s.requests[i])
+                   OR list_contains(s.resumed, s.requests[i]))), 0) END::BIGINT AS num_prefill_tokens,
        coalesce(list_sum(s.num_tokens), 0)::BIGINT - num_prefill_tokens AS num_decode_tokens,
        num_tokens_padded,
        list_sum(num_output_tokens)::BIGINT AS num_output_tokens,

@@ -20,7 +20,8 @@ ROOMS = {
     "options": (["errors"], []),
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
     "recorder": (["__init__", "events", "options", "tracefile"], []),
-    "hooks": (["errors", "events", "options", "recorder"], ["packaging"]),
+    "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
+    "sidecar": (["errors"], []),
     "patches": (["events", "hooks", "recorder"], []),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),
@@ -34,7 +35,7 @@ ROOMS = {
     "show": (["errors", "events", "render", "state", "summary", "trace"], ["msgspec", "rich"]),
     "state": (["events"], []),
     "tables": (["events"], []),
-    "trace": (["errors", "events", "tracefile"], []),
+    "trace": (["errors", "events", "tracefile"], ["zstandard"]),
     "summary": (["events", "state", "trace"], ["rich"]),
     "scenario": (["errors", "events", "trace"], ["tomli", "tomllib"]),
     "scenarios": ([], []),
@@ -45,9 +46,12 @@ ROOMS = {
     "export": (
         ["__init__", "errors", "events", "explain", "options", "state", "trace", "tracefile"],
         [
+            "duckdb",
             "google",
             "grpc",
             "msgspec",
+            "numba",
+            "numpy",
             "opentelemetry",
             "perfetto",
             "pyarrow",
@@ -66,6 +70,7 @@ LATE = {
     "tables": ["patches"],
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
+    "sidecar": ["export"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
 from vllm_trace.cli.printing import print_json
@@ -27,6 +29,10 @@ def add(verb: AddVerb) -> None:
     )
     export.add_argument("--detail", action="store_true", help="spans: one for each decode step")
     export.add_argument("--tokens", action="store_true", help="token ids too, if recorded")
+    export.add_argument(
+        "--follow", action="store_true", help="otlp: send while the trace grows, until it is whole"
+    )
+    export.add_argument("--while-stdin", action="store_true", help=argparse.SUPPRESS)
     export.add_argument("--list", action="store_true", help="list the formats, write nothing")
     export.add_argument(
         "--load", type=Path, action="append", default=[], metavar="FILE", help="your own exporters"
@@ -50,6 +56,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise UsageError("export needs a trace", hint="vllm-trace export reports/preempt/latest …")
     if arguments.json and arguments.output == STDOUT:
         raise UsageError("--json and -o - both want stdout", hint="Give a file with -o")
+    if arguments.follow:
+        return _follow(arguments)
     chosen = export.format_of(arguments.to)
     trace = read_trace(arguments.trace)
     output = arguments.output or _beside(arguments.trace, chosen)
@@ -73,6 +81,50 @@ def _export(arguments: argparse.Namespace) -> int:
             }
         )
     return 1 if done.problems else 0
+
+
+def _follow(arguments: argparse.Namespace) -> int:
+    from vllm_trace import export, sidecar
+    from vllm_trace.export.endpoint import is_url
+
+    if arguments.to != "otlp" or (arguments.output and not is_url(arguments.output)):
+        raise UsageError("only spans are sent while a trace grows", hint="--to otlp -o URL")
+    export.format_of("otlp")
+    from vllm_trace.export.streaming import stream
+
+    options = export.ExportOptions(detail=arguments.detail, tokens=arguments.tokens)
+    sidecar.give_way()
+    watch = sidecar.Watch()
+
+    def over(followed: Any) -> bool:
+        return not sidecar.stdin_is_open() if arguments.while_stdin else watch(followed)
+
+    done = stream(arguments.trace, arguments.output, options, _until_interrupted(over))
+    told = sidecar.Told(
+        done.url, done.delivered.sent, done.delivered.dropped, done.delivered.reasons, done.requests
+    )
+    if arguments.json:
+        print_json({"schema": 1, "format": "otlp", "streamed": done.to_dict()})
+    if not arguments.while_stdin:
+        print(f"vllm-trace: {told.text(arguments.trace)}", file=sys.stderr)
+        for problem in done.problems:
+            print(f"vllm-trace: {problem}", file=sys.stderr)
+    return 1 if told.failed else 0
+
+
+def _until_interrupted(over: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Ctrl-C and SIGTERM end the following, not the program: what was read is still sent."""
+    import signal
+
+    asked = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return lambda followed: asked or over(followed)
 
 
 def _beside(trace: Path, chosen: object) -> str:

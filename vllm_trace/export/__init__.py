@@ -17,11 +17,9 @@ imported when a format is used.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,6 +101,8 @@ def exporter(
     Raises: ``UsageError`` when it does not fit, with its signature.
     """
 
+    import inspect
+
     def register(function: Exporter) -> Exporter:
         if to not in TARGETS:
             raise unknown("target of an exporter", to, TARGETS)
@@ -157,6 +157,8 @@ def load(path: Path) -> None:
 
     Raises: ``UsageError`` when it cannot be run, or registers none.
     """
+    from importlib.util import module_from_spec, spec_from_file_location
+
     name = f"vllm_trace_exporters_{path.stem}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():

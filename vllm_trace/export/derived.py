@@ -13,7 +13,7 @@ from pathlib import Path
 
 import duckdb
 
-MEMORY = "512MB"
+MEMORY = "256MB"
 """What DuckDB may hold; more goes through a temporary folder."""
 
 STEPS = """
@@ -84,17 +84,21 @@ REQUESTS = """
 WITH planned AS (SELECT process, step, number FROM step_scheduled),
 updated AS (
   SELECT p.number, e.started_ns + e.dur_ns AS updated_ns, e.num_output_tokens
-  FROM step_updated e
+  FROM (FROM step_updated WHERE num_output_tokens IS NOT NULL) e
   ASOF JOIN planned p ON p.process = e.process AND p.step = e.step AND p.number <= e.number),
 each_step AS (
-  SELECT unnest(s.requests) AS request, unnest(s.num_tokens) AS num_tokens,
-         unnest(num_output_tokens) AS num_outputs, s.step, s.at_ns, updated_ns
-  FROM step_scheduled s LEFT JOIN updated USING (number)),
+  SELECT unnest(requests) AS request, unnest(num_tokens) AS num_tokens, step, at_ns
+  FROM step_scheduled),
 ran AS (
   SELECT request, min(step) AS first_step, max(step) AS last_step, count(*) AS num_steps,
-         min(at_ns) AS scheduled_ns, min(updated_ns) FILTER (num_outputs > 0) AS first_output_ns,
-         sum(num_tokens)::BIGINT AS num_computed_tokens
-  FROM each_step WHERE request IS NOT NULL GROUP BY request),
+         min(at_ns) AS scheduled_ns, sum(num_tokens)::BIGINT AS num_computed_tokens
+  FROM each_step GROUP BY request),
+each_output AS (
+  SELECT unnest(s.requests) AS request, unnest(u.num_output_tokens) AS num_outputs, updated_ns
+  FROM step_scheduled s JOIN updated u USING (number)),
+answered AS (
+  SELECT request, min(updated_ns) AS first_output_ns
+  FROM each_output WHERE num_outputs > 0 GROUP BY request),
 hits AS (
   SELECT request, arg_min(num_hit_tokens, number) AS num_hit_tokens,
          sum(num_hit_tokens)::BIGINT - arg_min(num_hit_tokens, number) AS num_resume_hit_tokens
@@ -118,6 +122,7 @@ SELECT a.request, a.request_id AS name, a.number AS arrived_event, a.at_ns AS ar
 FROM request_arrived a
 LEFT JOIN request_finished f USING (request)
 LEFT JOIN ran USING (request)
+LEFT JOIN answered USING (request)
 LEFT JOIN hits USING (request)
 LEFT JOIN refused USING (request)
 LEFT JOIN preempted p USING (request)
@@ -131,6 +136,7 @@ def connect(folder: Path | str, memory: str = "") -> duckdb.DuckDBPyConnection:
     """DuckDB with a view for each table of an exported trace."""
     database = duckdb.connect()
     database.execute("SET threads = 1")
+    database.execute("SET enable_progress_bar = false")  # it would go to stdout
     if memory:
         database.execute(f"SET memory_limit = '{memory}'")
     for file in sorted(Path(folder).glob("*.parquet")):

@@ -22,10 +22,10 @@ from vllm_trace.export import Exported, ExportOptions, columns, exporter, tenanc
 from vllm_trace.export.tables import SCHEMAS, TRACE, table_name
 from vllm_trace.trace import Trace
 
-ROWS = 131_072
+ROWS = 65_536
 """Most rows of a row group."""
 
-BYTES = 8 * 1024 * 1024
+BYTES = 4 * 1024 * 1024
 """Bytes of columns after which a row group is written, however few rows it has."""
 
 FAST_FROM = 2_000_000

@@ -312,8 +312,7 @@ class _Pool:
 
     def _batch(self, rows: np.ndarray) -> pa.RecordBatch:
         columns = [pa.array(np.full(len(rows), self.process))]
-        for place, name in enumerate(NAMES):
-            values = np.ascontiguousarray(rows[:, place])
+        for name, values in zip(NAMES, np.ascontiguousarray(rows.T)):
             null = values < 0
             if name in TEXTS:
                 codes = pa.array(values.astype(np.int8), mask=null)
@@ -396,6 +395,9 @@ def _operations(chunk: Chunk) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     ops = np.concatenate(parts)
     flat = np.concatenate(flats) if flats else np.empty(0, np.int64)
     ops = ops[np.argsort(ops[:, 1], kind="stable")]
+    if (ops[:, 9] == ops[0, 9]).all():
+        yield int(ops[0, 9]), ops, flat
+        return
     for process in np.unique(ops[:, 9]).tolist():
         yield process, np.ascontiguousarray(ops[ops[:, 9] == process]), flat
 

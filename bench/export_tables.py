@@ -175,7 +175,7 @@ def sources(folder: Path, steps: int) -> dict[str, Path]:
 def measure(quick: bool, tell: Any = lambda text: None) -> list[dict[str, Any]]:
     """All figures, as plain values."""
     found = []
-    sizes = (100_000, 300_000) if quick else (100_000, 2_500_000)
+    sizes = (100_000, 300_000) if quick else (100_000, 2_000_000)
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
         tell("recording runs for the exports")
         for label, source in sources(Path(folder), 300 if quick else 1500).items():

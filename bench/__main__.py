@@ -1,6 +1,6 @@
 """What tracing costs, and how fast the oracle is: ``python -m bench [--quick] [--json] [--only PART] [-o FOLDER]``.
 
-Prints tables and writes ``capture`` and ``oracle``, each as ``.md`` and ``.json``. Nothing here passes or
+Prints tables and writes ``capture``, ``oracle`` and ``export_tables``, each as ``.md`` and ``.json``. Nothing here passes or
 fails: the figures stand beside their targets and beside the noise of the machine.
 """
 
@@ -14,13 +14,14 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, files, oracle, overhead, start
+from bench import arms, export_tables, files, oracle, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,23 +33,29 @@ PACKAGES = (
     "zstandard",
     "opentelemetry-sdk",
     "viztracer",
+    "pyarrow",
+    "duckdb",
+    "numba",
+    "perfetto",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON document for each part")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
     parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 40; quick 4)")
-    parser.add_argument("--only", choices=("capture", "oracle"), help="one of the two parts")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     asked = parser.parse_args()
     tell = Console(stderr=True, quiet=asked.json)
     asked.output.mkdir(parents=True, exist_ok=True)
-    if asked.only != "capture":
-        measure_oracle(asked, tell)
-    if asked.only == "oracle":
-        return
+    for name in [asked.only] if asked.only else PARTS:
+        PARTS[name](asked, tell)
+
+
+def measure_capture(asked: argparse.Namespace, tell: Console) -> None:
+    """What tracing costs: ``capture.md`` and ``capture.json``."""
     with tell.status("measuring") as status:
         figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -58,6 +65,21 @@ def main() -> None:
     else:
         show(figures, Console(width=max(116, Console().width)))
         tell.print(f"Written: {asked.output}/capture.md and capture.json")
+
+
+def measure_exports(asked: argparse.Namespace, tell: Console) -> None:
+    """Tables, lines, a timeline: ``export_tables.md`` and ``export_tables.json``."""
+    with tell.status("measuring") as status:
+        exports = export_tables.measure(asked.quick, status.update)
+    export_tables.write(exports, about(), asked.output)
+    if asked.json:
+        print(json.dumps(exports))
+        return
+    table = Table(*export_tables.HEADS, title="Export to tables, lines, a timeline")
+    for row in export_tables.rows(exports):
+        table.add_row(*row)
+    Console(width=max(116, Console().width)).print(table)
+    tell.print(f"Written: {asked.output}/export_tables.md and export_tables.json")
 
 
 def measure_oracle(asked: argparse.Namespace, tell: Console) -> None:
@@ -268,6 +290,12 @@ def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
     lines = [heads, tuple("---" for _ in heads), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
+
+PARTS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+    "oracle": measure_oracle,
+    "capture": measure_capture,
+    "exports": measure_exports,
+}
 
 if __name__ == "__main__":
     main()

@@ -47,9 +47,12 @@ ROOMS = {
     "export": (
         ["__init__", "errors", "events", "explain", "options", "state", "trace", "tracefile"],
         [
+            "duckdb",
             "google",
             "grpc",
             "msgspec",
+            "numba",
+            "numpy",
             "opentelemetry",
             "perfetto",
             "pyarrow",

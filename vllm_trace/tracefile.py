@@ -346,12 +346,26 @@ class TraceFile:
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
-        ended = False
+        for raw in self.frames():
+            yield from self._decode_frame(raw)
+        for body in self.tail():
+            try:
+                batch = decode_batch(body)
+            except UNREADABLE:
+                return
+            yield self._whole(batch)
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the batches of one frame after the other as they lie in the file: size, bytes.
+
+        For readers that decode by themselves; ``tail`` has what comes after. The same bytes have
+        the same errors and marks as in ``batches``.
+        """
         self.begin_reading()
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
-            while not ended:
+            while not self._ended:
                 self.num_bytes = file.tell()
                 try:
                     frame = read_frame(file, self.path)
@@ -363,20 +377,16 @@ class TraceFile:
                     self._read_footer(body)
                     if self.footer.get("ended") == "killed":
                         self.truncated = "the process was killed"
-                    ended = True
+                    self._ended = True
                 elif kind == b"E":
                     self.num_frames += 1
-                    raw = unzip(decompress, body, self.path, file)
-                    yield from self._decode_frame(raw)
+                    yield unzip(decompress, body, self.path, file)
                 else:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
-        if not ended:
-            self.truncated = self.truncated or "no footer: the process was killed or still runs"
-            yield from self._read_tail()
 
     def begin_reading(self) -> None:
         """Forget what an earlier reading left."""
-        self.num_events, self.num_frames = 0, 0
+        self.num_events, self.num_frames, self._ended = 0, 0, False
         self.footer, self.dropped, self.truncated = {}, 0, ""
         self._requests: list[int] = []
         self._num_tokens: list[int] = []
@@ -431,7 +441,11 @@ class TraceFile:
                     event.num_output_tokens = [1] * size
         return batch
 
-    def _read_tail(self) -> Iterator[list[Event]]:
+    def tail(self) -> Iterator[bytes]:
+        """Yield the batches that were in no frame yet; none when the file has its footer."""
+        if self._ended:
+            return
+        self.truncated = self.truncated or "no footer: the process was killed or still runs"
         tail = self.path.with_name(self.path.name + TAIL_SUFFIX)
         try:
             with open(tail, "rb") as file:
@@ -444,12 +458,7 @@ class TraceFile:
                 self.dropped = dropped
                 why = reason.rstrip(b"\0").decode(errors="replace")
                 self.truncated = f"could not be written on: {why}"
-        for body in _tail_batches(tail, self.num_frames):
-            try:
-                batch = decode_batch(body)
-            except UNREADABLE:
-                return
-            yield self._whole(batch)
+        yield from _tail_batches(tail, self.num_frames)
 
     def events(self) -> Iterator[Event]:
         """Yield every event in the order of the process."""

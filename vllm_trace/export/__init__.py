@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "otlp": "vllm_trace.export.otlp",
     "jaeger-json": "vllm_trace.export.jaeger_json",
+    "perfetto": "vllm_trace.export.perfetto",
+    "parquet": "vllm_trace.export.parquet",
+    "json": "vllm_trace.export.jsonl",
 }
 """Name → the module that registers it."""
 

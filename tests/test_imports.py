@@ -42,6 +42,8 @@ ROOMS = {
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
+    "memory": (["errors", "plotting", "render", "runner", "summary", "trace"], ["rich"]),
+    "plotting": (["errors"], []),
     "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
 }
@@ -54,6 +56,7 @@ LATE = {
     "tables": ["patches"],
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
+    "plotting": ["matplotlib"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.

@@ -16,7 +16,7 @@ from vllm_trace.errors import UsageError
 def add(verb: AddVerb) -> None:
     memory = verb(
         "memory", _memory, "Calculate what a KV cache wastes, holds and shares",
-        "memory --gpu a100-80gb --model llama-3-8b --max-model-len 8192",
+        "memory --gpu l4 --model llama-3-8b --max-model-len 4096",
     )  # fmt: skip
     memory.add_argument("--gpu", default="v100-32gb", help="a preset (see --list)")
     memory.add_argument("--gpu-memory", type=float, metavar="GIB", help="any other size")

@@ -58,6 +58,7 @@ ROOMS = {
         ["rich"],
     ),
     "memory": (["errors", "plotting", "render", "runner", "summary", "trace"], ["rich"]),
+    "pictures": (["benchmark", "errors", "events", "memory", "plotting", "state", "trace"], []),
     "plotting": (["errors"], []),
     "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
@@ -72,6 +73,7 @@ LATE = {
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
     "plotting": ["matplotlib"],
+    "pictures": ["matplotlib"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.

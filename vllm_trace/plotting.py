@@ -65,7 +65,7 @@ def figure(theme: str) -> Iterator[INK]:
         ) from None
     matplotlib.use("Agg", force=False)
     ink = THEMES[theme]
-    settings = {
+    settings: Any = {
         "figure.facecolor": ink.page, "savefig.facecolor": ink.page, "axes.facecolor": ink.page,
         "text.color": ink.text, "axes.labelcolor": ink.text, "axes.edgecolor": ink.faint,
         "xtick.color": ink.text, "ytick.color": ink.text, "axes.titlecolor": ink.text,

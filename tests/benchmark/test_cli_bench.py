@@ -41,6 +41,10 @@ def test_all_three_tests_on_the_real_engine(made):
     assert memory["vllm"]["peak_running"] == arms["vllm"]["peak_running"]
     assert (2048 // 32 + 1) * 32 * 2 * 2 * 2 * 32 * 4 == memory["vllm"]["cache_bytes"]
     assert 2048 * 2 * 2 * 2 * 32 * 4 == memory["contiguous"]["cache_bytes"]
+    assert memory["process"]["bytes"] > memory["vllm"]["cache_bytes"]
+    assert 24 / arms["vllm"]["requests_s"]["median"] == pytest.approx(
+        figures["throughput"]["requests"]["output_tokens"] / arms["vllm"]["tokens_s"]["median"]
+    )
     for file in ("out/bench.json", "out/bench.png", "docs/results.md", "docs/results.json"):
         assert (folder / file).stat().st_size > 500
     assert json.loads((folder / "docs/results.json").read_text()) == figures
@@ -101,6 +105,29 @@ def test_without_vllm_it_says_what_is_there_instead(capsys, monkeypatch, tmp_pat
     assert 2 == cli.main(["bench"])
     told = capsys.readouterr().err
     assert "bench needs a vLLM" in told and "vllm-trace memory" in told
+
+
+def test_a_model_that_mini_does_not_follow_is_measured_alone(tmp_path):
+    from vllm_trace.cli.bench import _small_arms
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    arms, (note,) = _small_arms(Plan(model=str(tmp_path)), "cpu")
+    assert [] == arms and "no contiguous cache beside vLLM: mini follows llama and opt" in note
+
+
+def test_figures_of_vllm_alone_are_shown():
+    alone = Fake("vllm", [1] * 99)
+    plan = Plan(num_requests=3, repeats=2)
+    figures = {
+        "about": {"model": "m", "dtype": "float16", "device": "cuda", "machine": "x", "budget": 4096,
+                  "max_model_len": 512, "repeats": 2, "notes": ["no memory test: no table"], "command": "c",
+                  "seconds": 1.0, "date": "d", "versions": {"vLLM": "0"}, "seed": 0},
+        "throughput": measure.throughput([alone], plan, 768),
+        "scaling": measure.scaling([alone], plan, 768, lambda text: None),
+    }  # fmt: skip
+    text = render.plain(view.report(figures))
+    assert "no memory test" in text and "A tiny model on a CPU" not in text
+    assert "no memory test" in page.markdown(figures)
 
 
 def test_requests_fit_differ_and_share_nothing():

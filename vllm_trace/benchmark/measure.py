@@ -6,6 +6,7 @@ count. A figure is the median over the rounds, with quartiles; a ratio is taken 
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def throughput(arms: Sequence[Arm], plan: Plan, vocab_size: int) -> dict[str, An
                 "times": quartiles(
                     [one.tokens_s / other.tokens_s for one, other in zip(outcomes, base)]
                 ),
+                "requests_s": quartiles([len(jobs) / one.seconds for one in outcomes]),
                 "first_token_s": statistics.median(
                     statistics.mean(one.first_token_s) for one in outcomes
                 ),
@@ -121,6 +123,7 @@ def memory(
     folder = trace()
     made: dict[str, Any] = {"requests": told_of(jobs)}
     made["vllm"] = held_in(folder, plan.max_model_len)
+    made["process"] = process_memory()
     work, blocks = of_trace(folder)
     ours = [blocks_of(request.held, blocks.block_size) for request in work.requests]
     made["vllm"]["blocks_as_calculated"] = sum(a == b for a, b in zip(ours, blocks.blocks))
@@ -137,6 +140,19 @@ def memory(
             "steps": [[s.num_running, s.num_held, s.num_reserved, s.num_waiting] for s in steps],
         }
     return made
+
+
+def process_memory() -> dict[str, Any]:
+    """What this process has: peak of the device's allocator on CUDA, resident memory on CPU. Units: bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"where": "CUDA allocator, peak", "bytes": torch.cuda.max_memory_allocated()}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return {"where": "unknown", "bytes": 0}
+    return {"where": "resident", "bytes": pages * os.sysconf("SC_PAGE_SIZE")}
 
 
 def held_in(folder: Path, max_model_len: int) -> dict[str, Any]:

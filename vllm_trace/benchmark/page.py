@@ -71,9 +71,14 @@ def _throughput(figures: dict[str, Any], about: dict[str, Any]) -> list[str]:
         *_table(view.THROUGHPUT, view.throughput_rows(figures)),
         "",
         COLUMNS,
-        *(f"- `{arm['arm']}`: {arm['what']}; {arm['num_preemptions']} preemptions" for arm in figures["arms"]),
+        *(_arm(arm) for arm in figures["arms"]),
         "",
     ]  # fmt: skip
+
+
+def _arm(arm: dict[str, Any]) -> str:
+    rate = arm["requests_s"]["median"]
+    return f"- `{arm['arm']}`: {arm['what']}; {rate:.1f} requests/s, {arm['num_preemptions']} preemptions"
 
 
 def _scaling(figures: dict[str, Any]) -> list[str]:
@@ -81,7 +86,8 @@ def _scaling(figures: dict[str, Any]) -> list[str]:
         "## Scaling",
         "",
         "More and more users with one request each, on the same memory: output tokens a second, and in brackets how "
-        "many requests ran at the same time.",
+        "many requests ran at the same time. A row's requests are the first of one list, so a long one among them "
+        "shows.",
         "",
         *_table(*view.scaling_rows(figures)),
         "",

@@ -31,7 +31,7 @@ def report(figures: dict[str, Any]) -> RenderableType:
 def throughput_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
     count = figures["requests"]["count"]
     tokens = figures["requests"]["output_tokens"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arm in figures["arms"]:
         speed, times = arm["tokens_s"], arm["times"]
         rows.append(
@@ -100,7 +100,7 @@ def scaling(figures: dict[str, Any]) -> RenderableType:
 
 
 def memory_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ("contiguous", "vllm"):
         if name in figures:
             arm = figures[name]
@@ -130,10 +130,13 @@ def memory(figures: dict[str, Any]) -> RenderableType:
 def memory_notes(figures: dict[str, Any]) -> list[str]:
     told = figures["vllm"]
     budget = (told["num_blocks"] - 1) * told["block_size"]
+    process = figures["process"]
     return [
         "holds tokens: of what the tables of running requests have, while others wait",
         f"rows for the {told['peak_running']} requests that vLLM ran at once would take "
         f"{told['as_rows']:,} tokens; it had {budget:,}",
+        f"the caches in a process that has {process['bytes'] / 2**30:.2f} GiB ({process['where']}): weights, "
+        "vLLM itself and torch are the rest",
         f"blocks of {told['blocks_as_calculated']} of {told['blocks_compared']} requests are what "
         "`memory` calculates",
     ]

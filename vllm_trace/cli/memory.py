@@ -104,7 +104,7 @@ def _list(as_json: bool) -> int:
     from vllm_trace.memory.workload import DISTRIBUTIONS
 
     if as_json:
-        tables = {"gpus": GPUS, "models": MODELS, "workloads": DISTRIBUTIONS}
+        tables: dict[str, Any] = {"gpus": GPUS, "models": MODELS, "workloads": DISTRIBUTIONS}
         print_json(
             {"schema": 1}
             | {name: {key: vars(one) for key, one in rows.items()} for name, rows in tables.items()}
@@ -124,16 +124,16 @@ def _question(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.params is not None and not 0 <= arguments.params < 1e6:
         raise UsageError(f"--params is {arguments.params:g} billion, not 0 or more")
     model = shapes.model_named(arguments.model)
-    over = {
+    asked = {
         "num_layers": arguments.layers,
         "num_heads": arguments.heads,
         "num_kv_heads": arguments.kv_heads,
         "head_size": arguments.head_size,
         "num_params": None if arguments.params is None else int(arguments.params * 1e9),
     }
-    over = {name: value for name, value in over.items() if value is not None}
+    over: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if over:
-        weights = {"weight_bytes": 0} if "num_params" in over else {}
+        weights: dict[str, Any] = {"weight_bytes": 0} if "num_params" in over else {}
         model = replace(model, name=f"{model.name}, changed", **over, **weights)
     blocks, block_size = None, arguments.block_size
     if arguments.trace:

@@ -34,8 +34,8 @@ class GPU:
 
 def _gpus() -> dict[str, GPU]:
     rows = [
-        # name, GiB, GB/s, data sheet. Makers write GB and mean GiB, but for H200 and MI300X (141 and 192 of them).
-        ("t4", 16, 320, "NVIDIA T4 data sheet (2019)"),
+        # name, GiB, GB/s, where it is written. Makers write GB of memory and mean GiB; drivers report up to 1 % less.
+        ("t4", 16, 320, "NVIDIA T4 product brief, table 2"),
         ("v100-16gb", 16, 900, "NVIDIA V100 data sheet (2020), SXM2"),
         ("v100-32gb", 32, 900, "NVIDIA V100 data sheet (2020), SXM2"),
         ("a10g", 24, 600, "AWS G5 page; NVIDIA A10G product brief"),

@@ -1,12 +1,19 @@
 """``vllm-trace memory``: text, JSON, plots, and what it says to bad input."""
 
+import contextlib
+import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from vllm_trace import cli
+st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
+from hypothesis import given, settings  # noqa: E402
+
+from vllm_trace import cli  # noqa: E402
+from vllm_trace.memory.shapes import GPUS, MODELS  # noqa: E402
 
 GOLD = Path(__file__).resolve().parent.parent / "gold"
 
@@ -120,8 +127,6 @@ def test_without_matplotlib_the_plot_is_refused_and_the_table_is_not(capsys, mon
 
 
 def test_the_presets_are_listed_with_their_sources(capsys):
-    from vllm_trace.memory.shapes import GPUS, MODELS
-
     _, out, _ = run(capsys, "--list")
     for name in (*GPUS, *MODELS):
         assert name in out
@@ -129,3 +134,50 @@ def test_the_presets_are_listed_with_their_sources(capsys):
     assert all(
         one["source"] for table in ("gpus", "models", "workloads") for one in told[table].values()
     )
+
+
+def test_it_calculates_where_there_is_nothing_but_the_package():
+    """No vLLM, no torch, no numpy, no matplotlib: their imports fail."""
+    code = (
+        "import sys\n"
+        "for name in ('vllm', 'torch', 'numpy', 'matplotlib', 'triton'): sys.modules[name] = None\n"
+        "from vllm_trace import cli\n"
+        f"sys.exit(cli.main(['memory', '--tutorial', '--trace', {str(GOLD / 'mixed.vtrace')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert 0 == done.returncode, done.stderr
+    assert "does not hold" in done.stdout and "equal" in done.stdout
+
+
+numbers = st.one_of(st.integers(-3, 70), st.sampled_from([100, 128, 1000, 4096, 10**6]))
+flags = st.dictionaries(
+    st.sampled_from(
+        ["--layers", "--heads", "--kv-heads", "--head-size", "--params", "--tp", "--block-size", "--max-model-len",
+         "--overhead", "--users", "--prefix", "--own", "--gpu-memory", "--seed"]
+    ),
+    numbers, max_size=4,
+)  # fmt: skip
+
+
+def test_whatever_is_asked_there_is_an_answer_or_a_sentence():
+    codes = []
+    ask = settings(max_examples=200)(given(flags, models, gpus, st.integers(0, 20))(_ask))
+    ask(codes)
+    assert codes.count(0) > 20 and codes.count(2) > 20
+
+
+models, gpus = st.sampled_from(sorted(MODELS)), st.sampled_from(sorted(GPUS))
+
+
+def _ask(codes, given_flags, model, gpu, count):
+    words = [f"{flag}={value}" for flag, value in given_flags.items()]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(
+            ["memory", "--model", model, "--gpu", gpu, "--requests", str(count), *words]
+        )
+    assert code in (0, 2)
+    codes.append(code)
+    assert bool(out.getvalue()) == (code == 0) == (not err.getvalue())
+    if code == 0:
+        assert max(map(len, out.getvalue().splitlines())) <= 80

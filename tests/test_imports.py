@@ -60,6 +60,24 @@ ROOMS = {
             "zstandard",
         ],
     ),
+    "benchmark": (
+        [
+            "errors",
+            "events",
+            "memory",
+            "mini",
+            "plotting",
+            "render",
+            "runner",
+            "scenario",
+            "state",
+            "trace",
+        ],
+        ["rich"],
+    ),
+    "memory": (["errors", "plotting", "render", "runner", "summary", "trace"], ["rich"]),
+    "pictures": (["benchmark", "errors", "events", "memory", "plotting", "state", "trace"], []),
+    "plotting": (["errors"], []),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
 }
 #: May import every room: nobody imports them.
@@ -72,6 +90,8 @@ LATE = {
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
     "sidecar": ["export"],
+    "plotting": ["matplotlib"],
+    "pictures": ["matplotlib"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.

@@ -20,7 +20,8 @@ ROOMS = {
     "options": (["errors"], []),
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
     "recorder": (["__init__", "events", "options", "tracefile"], []),
-    "hooks": (["errors", "events", "options", "recorder"], ["packaging"]),
+    "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
+    "sidecar": (["errors"], []),
     "patches": (["events", "hooks", "recorder"], []),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),
@@ -34,7 +35,7 @@ ROOMS = {
     "show": (["errors", "events", "render", "state", "summary", "trace"], ["msgspec", "rich"]),
     "state": (["events"], []),
     "tables": (["events"], []),
-    "trace": (["errors", "events", "tracefile"], []),
+    "trace": (["errors", "events", "tracefile"], ["zstandard"]),
     "summary": (["events", "state", "trace"], ["rich"]),
     "scenario": (["errors", "events", "trace"], ["tomli", "tomllib"]),
     "scenarios": ([], []),
@@ -42,7 +43,22 @@ ROOMS = {
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
-    "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
+    "export": (
+        ["__init__", "errors", "events", "explain", "options", "state", "trace", "tracefile"],
+        [
+            "duckdb",
+            "google",
+            "grpc",
+            "msgspec",
+            "numba",
+            "numpy",
+            "opentelemetry",
+            "perfetto",
+            "pyarrow",
+            "requests",
+            "zstandard",
+        ],
+    ),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
 }
 #: May import every room: nobody imports them.
@@ -54,6 +70,7 @@ LATE = {
     "tables": ["patches"],
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
+    "sidecar": ["export"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.

@@ -36,6 +36,8 @@ class Options:
     """Also record token ids. Off by default, because traces travel."""
     strict: bool = False
     """Refuse to trace when a hooked function's source is not the one that was reviewed."""
+    otlp: str = ""
+    """Send spans to this OTLP receiver while the trace is written, from a process beside."""
     failures: int = 100
     """A probe that failed this often is taken off."""
 

@@ -33,6 +33,8 @@ def record(command: Sequence[str], folder: Path, options: Options) -> int:
     """
     program = find_program(command[0])
     environment = os.environ | replace(options, dir=str(folder.absolute())).to_environment()
+    if not options.otlp:
+        environment.pop("VTRACE_OTLP", None)
     stopped = False
     process = subprocess.Popen([program, *command[1:]], env=environment)
 

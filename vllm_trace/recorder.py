@@ -82,6 +82,8 @@ class Recorder:
         """More for the header, set before the first event: versions, hooks and their state."""
         self.failures: dict[str, int] = {}
         self.on_failures: Callable[[str], None] = lambda hook: None
+        self.on_open: Callable[[], None] = lambda: None
+        """Called when the file is there, once in a process."""
         self.state: dict[str, Any] = {}
         """What decoders keep between steps, by their own key."""
         self.writer: TraceWriter | None = None
@@ -231,6 +233,8 @@ class Recorder:
         except OSError as error:
             self._closed = True
             self.tell(f"no trace: {error}; the engine goes on untraced")
+            return
+        self.on_open()
 
     def _header(self) -> dict[str, Any]:
         return {

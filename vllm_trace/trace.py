@@ -57,18 +57,22 @@ class Trace:
     @property
     def problems(self) -> list[str]:
         """What keeps this trace from being the whole truth, in sentences."""
+        return [sentence for file in self.files for sentence in self.problems_of(file)]
+
+    @staticmethod
+    def problems_of(file: TraceFile) -> list[str]:
+        """Those of one process."""
         said = []
-        for file in self.files:
-            who = f"{file.header.get('role')}-{file.header.get('pid')}"
-            if file.dropped:
-                said.append(f"{who}: {file.dropped} events were dropped")
-            if file.truncated:
-                said.append(f"{who}: truncated ({file.truncated})")
-            for hook in file.header.get("hooks", ()):
-                if hook["state"] in ("missing", "incompatible"):
-                    said.append(f"{who}: {hook['target']} {hook['state']}: {hook['without']}")
-            for hook, times in file.footer.get("failures", {}).items():
-                said.append(f"{who}: the probe of {hook} failed {times} times")
+        who = f"{file.header.get('role')}-{file.header.get('pid')}"
+        if file.dropped:
+            said.append(f"{who}: {file.dropped} events were dropped")
+        if file.truncated:
+            said.append(f"{who}: truncated ({file.truncated})")
+        for hook in file.header.get("hooks", ()):
+            if hook["state"] in ("missing", "incompatible"):
+                said.append(f"{who}: {hook['target']} {hook['state']}: {hook['without']}")
+        for hook, times in file.footer.get("failures", {}).items():
+            said.append(f"{who}: the probe of {hook} failed {times} times")
         return said
 
     def events(self) -> Iterator[Event]:

@@ -43,9 +43,9 @@ SUFFIX = ".vtrace"
 TAIL_SUFFIX = ".tail"
 
 _FRAME = struct.Struct("<cIII")
-_TAIL = struct.Struct("<8sQQ104s")
-_SIZE = struct.Struct("<I")
-_put_size = _SIZE.pack_into
+TAIL = struct.Struct("<8sQQ104s")
+SIZE = struct.Struct("<I")
+_put_size = SIZE.pack_into
 
 TAIL_SIZE = 512 * 1024
 """Bytes of batches before they are compressed into a frame."""
@@ -63,10 +63,10 @@ _STEADY_HEAD = bytes([0x92, 0x98, StepScheduled.__struct_config__.tag])
 _STEADY_MIDDLE = bytes([0x00, 0x94, StepUpdated.__struct_config__.tag])
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class TraceWriter:
@@ -97,7 +97,7 @@ class TraceWriter:
             self._tail_path.unlink(missing_ok=True)
             raise
         # Room for the size of 0 that ends the batches is always left.
-        self._tail_end = len(self._tail) - _SIZE.size
+        self._tail_end = len(self._tail) - SIZE.size
         self._used = self._tail_end
         self._begin_tail()
 
@@ -110,11 +110,11 @@ class TraceWriter:
     def _begin_tail(self) -> None:
         # Zeros all the way, so that a batch always has a size of 0 behind it. When the tail is new
         # this also touches each of its pages: no step pays for a page fault later.
-        self._tail[_TAIL.size : self._used] = bytes(self._used - _TAIL.size)
-        self._tail[: _TAIL.size] = _TAIL.pack(
+        self._tail[TAIL.size : self._used] = bytes(self._used - TAIL.size)
+        self._tail[: TAIL.size] = TAIL.pack(
             MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
         )
-        self._used = _TAIL.size
+        self._used = TAIL.size
 
     def write(self, events: list[Event]) -> None:
         """Add one batch. It is safe from ``kill -9`` when this returns."""
@@ -159,8 +159,8 @@ class TraceWriter:
         self.flush_tail()
         if self.failure:
             self._drop(len(events))
-        elif _TAIL.size + 4 + len(data) > self._tail_end:
-            if self._write_events(_SIZE.pack(len(data)) + data):
+        elif TAIL.size + 4 + len(data) > self._tail_end:
+            if self._write_events(SIZE.pack(len(data)) + data):
                 self.num_events += len(events)
             else:
                 self._drop(len(events))
@@ -169,9 +169,9 @@ class TraceWriter:
 
     def flush_tail(self) -> None:
         """Compress the tail's batches into a frame and begin a new one."""
-        if self._used == _TAIL.size or self.failure:
+        if self._used == TAIL.size or self.failure:
             return
-        self._write_events(self._tail[_TAIL.size : self._used])
+        self._write_events(self._tail[TAIL.size : self._used])
 
     def _write_events(self, raw: bytes | bytearray) -> bool:
         try:
@@ -201,7 +201,7 @@ class TraceWriter:
     def _drop(self, num_events: int) -> None:
         """Count what is lost where it can still be written: in the tail's own header."""
         self.dropped += num_events
-        self._tail[: _TAIL.size] = _TAIL.pack(
+        self._tail[: TAIL.size] = TAIL.pack(
             MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
         )
 
@@ -244,7 +244,7 @@ def seal(path: Path, ended: str) -> bool:
     if file.footer or is_running(file.header.get("pid", 0)):
         return False
     tail = path.with_name(path.name + TAIL_SUFFIX)
-    raw = b"".join(_SIZE.pack(len(body)) + body for body in _tail_batches(tail, file.num_frames))
+    raw = b"".join(SIZE.pack(len(body)) + body for body in _tail_batches(tail, file.num_frames))
     footer = {"num_events": file.num_events, "dropped": file.dropped, "ended": ended}
     try:
         with open(path, "r+b") as out:
@@ -304,7 +304,7 @@ class TraceFile:
         if magic != MAGIC:
             raise TraceError(f"{self.path} is not a vllm_trace file")
         try:
-            kind, body = _read_frame(file, self.path)
+            kind, body = read_frame(file, self.path)
         except EOFError:
             raise TraceError(
                 f"{self.path} ends within its header", hint="Was the process killed as it started?"
@@ -314,7 +314,7 @@ class TraceFile:
         try:
             header = msgspec.json.decode(body)
             schema = int(header["schema"])
-        except (*_UNREADABLE, KeyError, TypeError, ValueError, OverflowError):
+        except (*UNREADABLE, KeyError, TypeError, ValueError, OverflowError):
             raise TraceError(f"{self.path} has an unreadable header: it was damaged") from None
         if schema > SCHEMA_VERSION:
             raise TraceError(
@@ -329,20 +329,29 @@ class TraceFile:
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
-        self.num_events, self.num_frames, ended = 0, 0, False
-        self.footer, self.dropped, self.truncated = {}, 0, ""
-        self._requests: list[int] = []
-        self._num_tokens: list[int] = []
-        self._sizes: dict[int, int] = {}
-        """Requests in each step whose results are not in yet."""
-        self._full = self.header.get("level") != "light"
+        for raw in self.frames():
+            yield from self._decode_frame(raw)
+        for body in self.tail():
+            try:
+                batch = decode_batch(body)
+            except UNREADABLE:
+                return
+            yield self._whole(batch)
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the batches of one frame after the other as they lie in the file: size, bytes.
+
+        For readers that decode by themselves; ``tail`` has what comes after. The same bytes have
+        the same errors and marks as in ``batches``.
+        """
+        self.begin_reading()
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
-            while not ended:
+            while not self._ended:
                 self.num_bytes = file.tell()
                 try:
-                    frame = _read_frame(file, self.path)
+                    frame = read_frame(file, self.path)
                 except EOFError as error:
                     self.truncated = str(error)
                     break
@@ -351,33 +360,39 @@ class TraceFile:
                     self._read_footer(body)
                     if self.footer.get("ended") == "killed":
                         self.truncated = "the process was killed"
-                    ended = True
+                    self._ended = True
                 elif kind == b"E":
                     self.num_frames += 1
-                    raw = _unzip(decompress, body, self.path, file)
-                    yield from self._decode_frame(raw)
+                    yield unzip(decompress, body, self.path, file)
                 else:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
-        if not ended:
-            self.truncated = self.truncated or "no footer: the process was killed or still runs"
-            yield from self._read_tail()
+
+    def begin_reading(self) -> None:
+        """Forget what an earlier reading left."""
+        self.num_events, self.num_frames, self._ended = 0, 0, False
+        self.footer, self.dropped, self.truncated = {}, 0, ""
+        self._requests: list[int] = []
+        self._num_tokens: list[int] = []
+        self._sizes: dict[int, int] = {}
+        """Requests in each step whose results are not in yet."""
+        self._full = self.header.get("level") != "light"
 
     def _read_footer(self, body: bytes) -> None:
         try:
             self.footer = msgspec.json.decode(body, type=dict[str, Any])
             self.dropped = int(self.footer.get("dropped", 0))
-        except (*_UNREADABLE, TypeError, ValueError, OverflowError):
+        except (*UNREADABLE, TypeError, ValueError, OverflowError):
             raise TraceError(f"{self.path} has an unreadable footer: it was damaged") from None
 
     def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
         while position < len(raw):
             try:
-                (size,) = _SIZE.unpack_from(view, position)
+                (size,) = SIZE.unpack_from(view, position)
                 if size > len(raw) - position - 4:
                     raise struct.error(f"a batch claims {size} bytes")
-                batch = _decode(view[position + 4 : position + 4 + size])
-            except (struct.error, *_UNREADABLE) as error:
+                batch = decode_batch(view[position + 4 : position + 4 + size])
+            except (struct.error, *UNREADABLE) as error:
                 raise TraceError(
                     f"{self.path} is damaged after event {self.num_events}: {error}"
                 ) from None
@@ -401,25 +416,24 @@ class TraceFile:
                     event.num_output_tokens = [1] * size
         return batch
 
-    def _read_tail(self) -> Iterator[list[Event]]:
+    def tail(self) -> Iterator[bytes]:
+        """Yield the batches that were in no frame yet; none when the file has its footer."""
+        if self._ended:
+            return
+        self.truncated = self.truncated or "no footer: the process was killed or still runs"
         tail = self.path.with_name(self.path.name + TAIL_SUFFIX)
         try:
             with open(tail, "rb") as file:
-                head = file.read(_TAIL.size)
+                head = file.read(TAIL.size)
         except OSError:
             return
-        if len(head) == _TAIL.size and head.startswith(MAGIC):
-            _, _, dropped, reason = _TAIL.unpack(head)
+        if len(head) == TAIL.size and head.startswith(MAGIC):
+            _, _, dropped, reason = TAIL.unpack(head)
             if dropped or reason.rstrip(b"\0"):
                 self.dropped = dropped
                 why = reason.rstrip(b"\0").decode(errors="replace")
                 self.truncated = f"could not be written on: {why}"
-        for body in _tail_batches(tail, self.num_frames):
-            try:
-                batch = _decode(body)
-            except _UNREADABLE:
-                return
-            yield self._whole(batch)
+        yield from _tail_batches(tail, self.num_frames)
 
     def events(self) -> Iterator[Event]:
         """Yield every event in the order of the process."""
@@ -440,21 +454,21 @@ def _tail_batches(path: Path, num_frames: int) -> Iterator[bytes]:
             data = file.read(MAX_RAW)
     except OSError:
         return
-    if len(data) < _TAIL.size or not data.startswith(MAGIC):
+    if len(data) < TAIL.size or not data.startswith(MAGIC):
         return
-    if _TAIL.unpack_from(data)[1] != num_frames:
+    if TAIL.unpack_from(data)[1] != num_frames:
         return
-    position = _TAIL.size
-    while position + _SIZE.size <= len(data):
-        (size,) = _SIZE.unpack_from(data, position)
-        body = data[position + _SIZE.size : position + _SIZE.size + size]
+    position = TAIL.size
+    while position + SIZE.size <= len(data):
+        (size,) = SIZE.unpack_from(data, position)
+        body = data[position + SIZE.size : position + SIZE.size + size]
         if not size or len(body) != size:
             return
-        position += _SIZE.size + size
+        position += SIZE.size + size
         yield body
 
 
-def _read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
+def read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
     """Return kind and stored bytes. Raises: ``EOFError`` at a torn or missing end."""
     at = file.tell()
     head = file.read(_FRAME.size)
@@ -471,7 +485,7 @@ def _read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
     return kind, body
 
 
-def _unzip(decompress: Any, body: bytes, path: Path, file: BinaryIO) -> bytes:
+def unzip(decompress: Any, body: bytes, path: Path, file: BinaryIO) -> bytes:
     try:
         size = zstandard.frame_content_size(body)
         if not 0 <= size <= MAX_RAW:

@@ -55,6 +55,9 @@ def recording_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", default="", help=f"{' or '.join(LEVELS)} (default: full)")
     parser.add_argument("--tokens", action="store_true", help="record token ids too")
     parser.add_argument("-o", "--output", type=Path, help="folder (default: reports/…)")
+    parser.add_argument(
+        "--otlp", default="", metavar="URL", help="send spans there while it runs (OTLP)"
+    )
 
 
 def recording_options(arguments: argparse.Namespace) -> Options:
@@ -64,4 +67,6 @@ def recording_options(arguments: argparse.Namespace) -> Options:
         options = replace(options, level=arguments.level)
     if arguments.tokens:
         options = replace(options, tokens=True)
+    if arguments.otlp:
+        options = replace(options, otlp=arguments.otlp)
     return options.checked()

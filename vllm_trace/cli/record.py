@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
 from vllm_trace.cli.printing import print_json
@@ -20,21 +21,35 @@ def add(verb: AddVerb) -> None:
 
 
 def _record(arguments: argparse.Namespace) -> int:
-    from vllm_trace import reports
+    from vllm_trace import reports, sidecar
     from vllm_trace.record import record
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise UsageError("record needs a command", hint="vllm-trace record -- python script.py")
     options = recording_options(arguments)
+    url, options = options.otlp, replace(options, otlp="")
+    if url:
+        sidecar.check(url)
     run = reports.new_run("record", arguments.output)
+    beside = sidecar.start(run.trace, url) if url else None
     try:
         code = record(command, run.trace, options)
-    except UsageError:
-        run.discard()
+    except BaseException as error:
+        if beside is not None:
+            beside.abandon()
+        if isinstance(error, UsageError):
+            run.discard()
         raise
     said = reports.describe_recording(run)
     print(f"vllm-trace: {said}", file=sys.stderr)
+    document = {"schema": 1, "code": code, "trace": str(run.trace), "said": said}
+    if beside is not None:
+        told = beside.finish()
+        document["otlp"] = told.to_dict()
+        print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
+        # The command's own code is never hidden; a good one does not hide lost spans.
+        code = code or int(told.failed)
     if arguments.json:
-        print_json({"schema": 1, "code": code, "trace": str(run.trace), "said": said})
+        print_json(document)
     return code

@@ -33,18 +33,25 @@ def add(verb: AddVerb) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from vllm_trace import reports, scenario
+    from vllm_trace import reports, scenario, sidecar
     from vllm_trace.record import close_files
 
     chosen = scenario.load(arguments.scenario)
     options = recording_options(arguments)
     engine_args = parse_engine_args(arguments.engine_arg)
+    url = options.otlp
+    if url:
+        sidecar.check(url)
     run = reports.new_run(chosen.name, arguments.output)
-    options = replace(options, dir=str(run.trace.absolute()))
+    options = replace(options, dir=str(run.trace.absolute()), otlp="")
+    os.environ.pop("VTRACE_OTLP", None)  # the engine's processes need not start one of their own
     os.environ |= options.to_environment()
+    beside = sidecar.start(run.trace.absolute(), url) if url else None
     try:
         outcome = _drive(chosen, run.folder, arguments.model, engine_args)
     except BaseException as error:
+        if beside is not None:
+            beside.abandon()
         run.discard(keep_log=isinstance(error, EngineError))
         raise
     finally:
@@ -68,6 +75,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "failures": failures,
         "facts": summary.facts(),
     }
+    told = beside.finish() if beside is not None else None
+    if told is not None:
+        document["otlp"] = told.to_dict()
     replays = replay_all(run.trace) if arguments.replay else []
     if replays:
         document["replays"] = [one.to_dict() for one in replays]
@@ -81,9 +91,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
             print_text(verdict(replays))
         print(f"Trace and summary: {run.folder}")
+    if told is not None:
+        print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
     for failure in failures:
         print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
-    return max(1 if failures else 0, code_of(replays))
+    lost = told is not None and told.failed
+    return max(1 if failures or lost else 0, code_of(replays))
 
 
 def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:

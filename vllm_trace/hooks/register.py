@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from vllm_trace.errors import HookError, VllmTraceError
 from vllm_trace.hooks.install import Installation, install
@@ -68,9 +69,22 @@ def attach(options: Options) -> Recorder:
     made = Recorder(options)
     installation = install(rows, made)
     made.notes = notes(source, rows, installation)
+    if options.otlp:
+        made.on_open = lambda: _send_spans(options)
     _warn(source.version, rows, installation, made)
     _active = (made, installation)
     return made
+
+
+def _send_spans(options: Options) -> None:
+    """``VTRACE_OTLP``, and nobody who ran this process has taken care of it."""
+    from vllm_trace import sidecar
+
+    try:
+        sidecar.check(options.otlp)
+        sidecar.start_alone(Path(options.dir).absolute(), options.otlp)
+    except (VllmTraceError, OSError) as error:
+        print(f"vllm-trace: no spans are sent: {error}", file=sys.stderr, flush=True)
 
 
 def detach() -> list[str]:

@@ -1,0 +1,495 @@
+"""One engine's events, folded into the spans of its requests and of its steps.
+
+Facts of a call come before the call ("inner before outer") and have no time: they wait in
+``pending`` for the next event that has one. A step in which the same requests decode as in the one
+before costs no look at any of them: its event goes into a log that they share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from vllm_trace.events import (
+    BlockEvicted,
+    BlocksCached,
+    BlocksFreed,
+    EngineConfigured,
+    PrefixCacheReset,
+    PrefixLookedUp,
+    RequestArrived,
+    RequestFinished,
+    RequestFreed,
+    RequestPreempted,
+    SlotsAllocated,
+    SlotsRefused,
+    StepScheduled,
+    StepUpdated,
+)
+from vllm_trace.export import attributes as a
+from vllm_trace.export.prefix import PrefixHistory
+from vllm_trace.export.request_spans import Life, StepLog
+from vllm_trace.export.span import Resource, Span, SpanEvent, Traceparent
+from vllm_trace.export.step_spans import Step, StepIds, emit_step
+from vllm_trace.state import NULL_BLOCK
+
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+MAX_DECODE_STEPS = 1024
+"""A decode span ends after so many steps and another begins: no span grows with the output."""
+
+LAG = 4
+"""Steps whose results are in wait for so many later ones: a worker's facts may come after."""
+
+MAX_OPEN_STEPS = 256
+"""Steps without results that are waited for."""
+
+NAMES_KEPT = 4096
+"""Names of finished requests that can still be somebody's taker."""
+
+Sampler = Callable[[bytes, "Traceparent | None"], bool]
+"""Whether the trace of this id, a child of that remote span, is exported."""
+
+
+def layer_index(name: str) -> int:
+    """The layer's number in the model: 3 for ``model.layers.3.self_attn.attn``; -1 if none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1
+
+
+class Engine:
+    """The fold of one process that schedules."""
+
+    def __init__(
+        self,
+        identity: tuple[Any, ...],
+        resource: Resource,
+        offset: int,
+        light: bool,
+        emit: Callable[[Span], None],
+        sampler: Sampler,
+        *,
+        host: str = "",
+        detail: bool = False,
+        tokens: bool = False,
+        max_steps: int = MAX_DECODE_STEPS,
+        lag: int = LAG,
+    ) -> None:
+        self.host = host
+        self.identity = identity
+        self.resource = resource
+        self.offset = offset
+        self.light, self.full = light, not light
+        self.emit = emit
+        self.sampler = sampler
+        self.detail, self.tokens = detail, tokens
+        self.max_steps, self.lag = max_steps, lag
+        self.names: dict[int, str] = {}
+        self.lives: dict[int, Life] = {}
+        self.history = PrefixHistory()
+        self.step_ids = StepIds(*identity)
+        self.steps: dict[int, Step] = {}
+        self.log = StepLog()
+        self.in_flight: dict[int, int] = {}
+        """Step without results → its place in the log."""
+        self.num_requests = self.num_unsampled = 0
+        self.last_ns = 0
+        self._pending: list[tuple[Any, ...]] = []
+        self._freed: list[BlocksFreed] = []
+        self._evicted = 0
+        self._free: int | None = None
+        """Free blocks when the last call had returned."""
+        self._refused: int = -1
+        self._ending: list[Life] = []
+        self._batch: dict[int, Life] = {}
+        """Requests that decode in the steps that are going on."""
+        self._batch_of: tuple[Any, Any] | None = None
+        """The composition that ``_batch`` is of, when all of it decodes."""
+        self._decodes: deque[tuple[int, Life, bytes]] = deque()
+        """Open decodes, the oldest first."""
+        self._last_step = 0
+        self._emitted_step = 0
+        self._groups: dict[int, int] = {}
+        self.late = 0
+        """Facts of workers that came when their step had been emitted."""
+
+    # Names ----------------------------------------------------------------------------
+
+    def name_of(self, request: int) -> str:
+        return self.names.get(request, f"#{request}")
+
+    def _life(self, request: int, at_ns: int) -> Life:
+        life = self.lives.get(request)
+        if life is None:
+            # It arrived before the trace began.
+            life = self.lives[request] = Life(self, request, None, at_ns)
+            life.waiting = False
+            self.num_requests += 1
+        return life
+
+    def group_of(self, layer: int) -> int:
+        """KV-cache group of a layer, by its number in the model; 0 when it is not known."""
+        return self._groups.get(layer, 0)
+
+    def sees(self, request_id: str) -> bool:
+        """Whether a request of that name is here: a worker that knows it is one of this engine's."""
+        return any(life.name == request_id for life in self.lives.values())
+
+    # Untimed events -------------------------------------------------------------------
+
+    def configured(self, event: EngineConfigured) -> None:
+        """A new engine in this process."""
+        for life in [*self.lives.values()]:
+            self._finish(life, self.last_ns)
+        self.history.configured(event)
+        self._groups = {
+            layer_index(name): place
+            for place, group in enumerate(event.groups)
+            for name in group.layers
+        }
+        self._free = event.num_blocks - 1
+        self.last_ns = max(self.last_ns, event.at_ns)
+
+    def arrived(self, event: RequestArrived) -> None:
+        self.last_ns = event.at_ns
+        self.names[event.request] = event.request_id
+        if len(self.names) > NAMES_KEPT + len(self.lives):
+            oldest = next(iter(self.names))
+            if oldest not in self.lives:
+                del self.names[oldest]
+        self.lives[event.request] = Life(self, event.request, event, event.at_ns)
+        self.num_requests += 1
+        self.history.arrived(event)
+
+    def looked_up(self, event: PrefixLookedUp) -> None:
+        miss = self.history.looked_up(event)
+        life = self.lives.get(event.request)
+        if life is not None:
+            life.lookup = (event, miss)
+            life.num_lookups += 1
+            life.goal = event.num_tokens
+
+    def evicted(self, event: BlockEvicted) -> None:
+        self._evicted += 1
+        self.history.block_evicted(event)
+
+    def cached(self, event: BlocksCached) -> None:
+        self.history.blocks_cached(event)
+
+    def reset(self, event: PrefixCacheReset) -> None:
+        if event.ok:
+            self.history.reset()
+
+    def freed_blocks(self, event: BlocksFreed) -> None:
+        self._freed.append(event)
+
+    def allocated(self, event: SlotsAllocated) -> None:
+        request = event.request
+        self.history.took(request)
+        self._freed.clear()
+        life = self.lives.get(request)
+        if life is not None and event.num_hit_tokens:
+            life.computed = event.num_hit_tokens
+        self._pending.append((_ALLOCATED, request, event, self._free, self._evicted))
+        self._evicted = 0
+        self._free = event.num_free_blocks
+
+    def refused(self, event: SlotsRefused) -> None:
+        self._refused = event.request
+        self._pending.append((_REFUSED, event.request, event))
+        self._free = event.num_free_blocks
+
+    def freed(self, event: RequestFreed) -> None:
+        blocks, held = [], 0
+        for part in self._freed:
+            for block, count in zip(part.blocks, part.ref_cnts):
+                if block != NULL_BLOCK:
+                    blocks.append(block)
+                    held += count > 0
+        self._freed.clear()
+        before = self._free
+        if before is not None:
+            self._free = before + len(blocks) - held
+        self._pending.append((_FREED, event.request, blocks, held, before, self._free))
+
+    def preempted(self, event: RequestPreempted) -> None:
+        self._free = event.num_free_blocks
+        life = self._life(event.request, self.last_ns)
+        life.end_decode()
+        self._batch.pop(event.request, None)
+        self._batch_of = None
+        life.computed, life.waiting, life.resumed = 0, True, True
+        life.goal = max(life.goal, event.num_computed_tokens)
+        life.queued_since = self.last_ns
+        self._pending.append((_PREEMPTED, event.request, event, self._refused))
+
+    # Steps ----------------------------------------------------------------------------
+
+    def step(self, number: int) -> Step:
+        found = self.steps.get(number)
+        if found is None:
+            found = self.steps[number] = Step(number, self.step_ids.link(number))
+        return found
+
+    def worked(self, process: Any, event: Any) -> None:
+        """A worker's fact about a step."""
+        if event.step <= self._emitted_step and event.step not in self.steps:
+            self.late += 1
+            return
+        self.step(event.step).parts.append((process, event))
+
+    def scheduled(self, event: StepScheduled) -> None:
+        at = event.started_ns
+        self.last_ns = at + event.dur_ns
+        if self._ending:
+            self._finish_ending()
+        step = self.step(event.step)
+        step.scheduled = event
+        if self._batch_of is not None and (event.requests, event.num_tokens) == self._batch_of:
+            step.decode_tokens = len(self._batch)
+            self._log(step, event)
+        else:
+            self._compose(step, event)
+        if self._pending:
+            self._settle(at, self.last_ns, event.step)
+        self._refused = -1
+        self._free = event.num_free_blocks
+        if self._decodes and self.log.end - self._decodes[0][0] >= self.max_steps:
+            self._split_decodes(event)
+
+    def _log(self, step: Step, event: StepScheduled) -> None:
+        made = SpanEvent(self.last_ns + self.offset, "step", {a.STEP: event.step})
+        self.in_flight[event.step] = self.log.append(made)
+
+    def _compose(self, step: Step, event: StepScheduled) -> None:
+        """A step unlike the one before: look at each of its requests."""
+        at, link = event.started_ns, step.link
+        before, batch = self._batch, {}
+        self._batch = batch
+        joining: list[Life] = []
+        requests, counts = event.requests or (), event.num_tokens or ()
+        for place, request in enumerate(requests):
+            life = before.pop(request, None)
+            if life is None:
+                life = self._life(request, at)
+                if life.waiting:
+                    life.admit(at)
+                if not life.decode_id and self._computes_prompt(event, life, counts[place]):
+                    step.prefill_tokens += counts[place]
+                    step.chunks.append(life.schedule(event, place, counts[place], link))
+                    continue
+                joining.append(life)
+            batch[request] = life
+        step.decode_tokens = sum(counts) - step.prefill_tokens
+        end = self.log.end
+        if batch:
+            self._log(step, event)
+        for life in joining:
+            if not life.decode_id:
+                life.begin_decode(event)
+                self._decodes.append((end, life, life.decode_id))
+            life.open = end
+        for life in before.values():
+            life.leave_range(end)
+        whole = batch and not step.chunks
+        self._batch_of = (event.requests, event.num_tokens) if whole else None
+        for request in (*event.new, *event.resumed, *event.preempted):
+            life = self.lives.get(request)
+            if life is not None and life.sampled:
+                step.links.append(life.link())
+
+    def _computes_prompt(self, event: StepScheduled, life: Life, count: int) -> bool:
+        if self.full and life.goal:
+            return life.computed < life.goal
+        # Level light has no hits, so where a request stands is not known. A chunk of a single
+        # token, other than the first, is taken for a decode.
+        more = count - event.num_spec_tokens.get(life.number, 0)
+        return more > 1 or life.number in event.new or life.number in event.resumed
+
+    def _split_decodes(self, event: StepScheduled) -> None:
+        """Decodes that are long enough end before this step and begin anew with it."""
+        end = self.log.end - 1 if self.in_flight.get(event.step) is not None else self.log.end
+        while self._decodes:
+            begin, life, decode_id = self._decodes[0]
+            current = life.decode_id == decode_id
+            if current and end - begin < self.max_steps - 1:
+                break
+            self._decodes.popleft()
+            if current:
+                going_on = life.open >= 0 and life.number in self._batch
+                life.leave_range(end)
+                life.end_decode()
+                life.begin_decode(event)
+                if going_on:
+                    life.open = end
+                self._decodes.append((end, life, life.decode_id))
+        self.log.forget(self._decodes[0][0] if self._decodes else end)
+
+    # What waited for a time -----------------------------------------------------------
+
+    def _settle(self, at: int, end: int, step: int = 0) -> None:
+        """The pending facts happened in a call from ``at`` to ``end``, in this order."""
+        pending, self._pending = self._pending, []
+        for place, (what, request, *facts) in enumerate(pending):
+            life = self.lives.get(request)
+            if life is not None:
+                what(self, life, facts, step, min(at + 2 * place, end))
+
+    def _allocated(self, life: Life, facts: Any, step: int, at: int) -> None:
+        event, before, evicted = facts
+        if life.lookup is not None:
+            if life.num_hit is None:
+                life.num_hit = event.num_hit_tokens
+            life.look_up(step, at)
+            at += 1
+        life.allocate(event, before, evicted, step, at)
+
+    def _refuse(self, life: Life, facts: Any, step: int, at: int) -> None:
+        life.refuse(facts[0], at, step)
+
+    def _free_request(self, life: Life, facts: Any, step: int, at: int) -> None:
+        life.free(*facts, at)
+
+    def _preempt(self, life: Life, facts: Any, step: int, at: int) -> None:
+        event, refused = facts
+        cause = self.name_of(refused) if refused >= 0 else ""
+        life.preempt(event.num_computed_tokens, event.num_free_blocks, cause, step, at)
+
+    # Results --------------------------------------------------------------------------
+
+    def updated(self, event: StepUpdated) -> None:
+        end = self.last_ns = event.started_ns + event.dur_ns
+        step = self.step(event.step)
+        step.updated = event
+        counts = event.num_output_tokens
+        place = self.in_flight.pop(event.step, None)
+        logged = None if place is None else self.log.at(place)
+        if logged is not None:
+            logged.at_ns, logged.wire = event.started_ns + self.offset, None
+            if counts is not None:
+                logged.attributes[a.NUM_OUTPUT] = 1
+        if step.scheduled is not None:
+            if place is not None and counts is not None and counts.count(1) != len(counts):
+                self._note_exceptions(step, place, counts)
+            for life in self._ending:
+                if place is not None and self._gone_before(life, event.started_ns):
+                    life.exceptions[place] = 0
+            if step.chunks:
+                self._end_chunks(step, counts, event)
+            if self.detail and place is not None:
+                self._add_decode_steps(step, event, counts)
+            if self.tokens and event.token_ids is not None:
+                self._note_tokens(step, event.token_ids)
+        if self._pending:
+            self._settle(event.started_ns, end, event.step)
+        if self._ending:
+            self._finish_ending()
+        self._emit_steps(event.step)
+
+    def _gone_before(self, life: Life, results_ns: int) -> bool:
+        """Whether it was aborted while the step ran: vLLM throws its results away."""
+        return life.ended is not None and life.ended.at_ns < results_ns
+
+    def _note_exceptions(self, step: Step, place: int, counts: list[int]) -> None:
+        """Whoever did not get one token in this step of the log."""
+        chunks = {chunk.place for chunk in step.chunks}
+        for at, request in enumerate(step.scheduled.requests or ()):  # type: ignore[union-attr]
+            if at < len(counts) and counts[at] != 1 and at not in chunks:
+                life = self.lives.get(request)
+                if life is not None:
+                    life.exceptions[place] = counts[at]
+
+    def _end_chunks(self, step: Step, counts: Any, event: StepUpdated) -> None:
+        for chunk in step.chunks:
+            life: Life = chunk.life
+            if self.lives.get(life.number) is not life:
+                continue
+            output = (
+                counts[chunk.place] if counts is not None and chunk.place < len(counts) else None
+            )
+            end = event.started_ns
+            if self._gone_before(life, end):
+                end, output = life.ended.at_ns, None if output is None else 0  # type: ignore[union-attr]
+            life.end_chunk(chunk, end, output)
+        step.chunks = []
+
+    def _add_decode_steps(self, step: Step, event: StepUpdated, counts: Any) -> None:
+        started = step.scheduled.started_ns  # type: ignore[union-attr]
+        for at, request in enumerate(step.scheduled.requests or ()):  # type: ignore[union-attr]
+            life = self.lives.get(request)
+            if life is not None and life.decode_id:
+                count = counts[at] if counts is not None and at < len(counts) else None
+                count = 0 if count and self._gone_before(life, event.started_ns) else count
+                life.add_decode_step(started, event, count)
+
+    def _note_tokens(self, step: Step, token_ids: list[list[int]]) -> None:
+        for request, ids in zip(step.scheduled.requests or (), token_ids):  # type: ignore[union-attr]
+            life = self.lives.get(request)
+            if life is not None:
+                life.token_ids += ids
+
+    def _emit_steps(self, done: int) -> None:
+        """Steps that have waited long enough for their workers' facts."""
+        self._last_step = max(self._last_step, done)
+        while self.steps:
+            oldest = next(iter(self.steps.values()))
+            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
+            if not ready and len(self.steps) <= MAX_OPEN_STEPS:
+                return
+            self._emit_step(oldest)
+
+    def _emit_step(self, step: Step) -> None:
+        del self.steps[step.number]
+        self._emitted_step = max(self._emitted_step, step.number)
+        self.in_flight.pop(step.number, None)
+        if self.sampler(step.link.trace_id, None):
+            emit_step(step, self.step_ids, self)
+
+    # Ends -----------------------------------------------------------------------------
+
+    def finished(self, event: RequestFinished) -> None:
+        self.last_ns = event.at_ns
+        life = self._life(event.request, event.at_ns)
+        life.ended = event
+        if self._pending:
+            self._settle(event.at_ns, event.at_ns)
+        self.history.finished(event.request)
+        self._ending.append(life)
+
+    def _finish_ending(self) -> None:
+        ending, self._ending = self._ending, []
+        for life in ending:
+            self._finish(life, 0)
+
+    def _finish(self, life: Life, last_ns: int) -> None:
+        if self._batch.pop(life.number, None) is not None:
+            self._batch_of = None
+        life.finish(last_ns)
+        if self.lives.get(life.number) is life:
+            del self.lives[life.number]
+
+    def settle_steps(self) -> None:
+        """Nothing more is coming for now: steps whose results are in need not wait."""
+        for step in [step for step in self.steps.values() if step.updated is not None]:
+            self._emit_step(step)
+
+    def end(self) -> None:
+        """The trace is over: what is open ends here and says so."""
+        if self._pending:
+            self._settle(self.last_ns, self.last_ns)
+        self._finish_ending()
+        for step in [*self.steps.values()]:
+            for chunk in step.chunks:
+                if self.lives.get(chunk.life.number) is chunk.life:
+                    chunk.life.end_chunk(chunk, self.last_ns, None, **{a.INCOMPLETE: True})
+            step.chunks = []
+        for life in [*self.lives.values()]:
+            self._finish(life, self.last_ns)
+        for step in [*self.steps.values()]:
+            self._emit_step(step)
+
+
+_ALLOCATED, _REFUSED = Engine._allocated, Engine._refuse
+_FREED, _PREEMPTED = Engine._free_request, Engine._preempt

@@ -1,0 +1,191 @@
+"""Parquet: a table for each kind of event, and ``blocks``, ``requests``, ``steps``, ``trace``.
+
+A folder with a file for each table, all of them always there, so that a query never lacks one. What
+the columns are stands in ``tables``; how blocks, requests and steps are made of events in
+``derived``. Memory is bounded by the row groups that are open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vllm_trace import __version__
+from vllm_trace.events import EVENT_TYPES, SCHEMA_VERSION, Event
+from vllm_trace.export import Exported, ExportOptions, columns, exporter, tenancies
+from vllm_trace.export.tables import SCHEMAS, TRACE, table_name
+from vllm_trace.trace import Trace
+
+ROWS = 65_536
+"""Most rows of a row group."""
+
+BYTES = 4 * 1024 * 1024
+"""Bytes of columns after which a row group is written, however few rows it has."""
+
+FAST_FROM = 2_000_000
+"""Bytes of a trace file from which on it pays to load the compiled reader (about 100,000 events)."""
+
+
+class TableFile:
+    """One table: holds batches until they make a row group."""
+
+    def __init__(self, path: Path, schema: pa.Schema, about: dict[str, str]) -> None:
+        self.num_rows = 0
+        self._schema = schema.with_metadata(about)
+        self._writer = pq.ParquetWriter(path, self._schema, **_encodings(schema))
+        self._held: list[pa.RecordBatch] = []
+        self._rows = self._bytes = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._held.append(batch)
+        self._rows += batch.num_rows
+        self._bytes += batch.nbytes
+        if self._rows >= ROWS or self._bytes >= BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        table = pa.Table.from_batches(self._held)
+        self._writer.write_table(table.replace_schema_metadata(self._schema.metadata), ROWS)
+        self.num_rows += self._rows
+        self._held, self._rows, self._bytes = [], 0, 0
+
+    def abandon(self) -> None:
+        """Close the file as it is; whoever opened the folder removes it."""
+        self._writer.close()
+
+    def close(self, about: dict[str, str]) -> None:
+        if self._held:
+            self._write()
+        self._writer.add_key_value_metadata(about)
+        self._writer.close()
+
+
+def _encodings(schema: pa.Schema) -> dict[str, Any]:
+    """zstd; numbers as differences of neighbours, texts by dictionary, hashes as they are."""
+    texts, encodings = [], {}
+    for path, kind in _leaves(schema):
+        if pa.types.is_string(kind):
+            texts.append(path)
+        elif pa.types.is_int64(kind):
+            encodings[path] = "DELTA_BINARY_PACKED"
+        elif not pa.types.is_boolean(kind):
+            encodings[path] = "PLAIN"
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": texts or False,
+        "column_encoding": encodings or None,
+        "write_batch_size": 8192,
+    }
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    def below(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+        if pa.types.is_map(kind):
+            yield from below(f"{path}.key_value.key", kind.key_type)
+            yield from below(f"{path}.key_value.value", kind.item_type)
+        elif pa.types.is_list(kind):
+            yield from below(f"{path}.list.element", kind.value_type)
+        elif pa.types.is_struct(kind):
+            for field in kind:
+                yield from below(f"{path}.{field.name}", field.type)
+        else:
+            yield path, kind
+
+    for field in schema:
+        yield from below(field.name, field.type)
+
+
+@exporter("parquet", "Tables for SQL: one for each kind of event", to="folder", suffix=".parquet")
+def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
+    """Write all tables into the folder."""
+    from vllm_trace.export import derived
+
+    about = {
+        "vllm_trace.version": __version__,
+        "vllm_trace.schema": str(SCHEMA_VERSION),
+        "vllm": str(trace.header.get("vllm", "")),
+        "level": trace.level,
+    }
+    files = {cls: _table(out, table_name(cls.kind), SCHEMAS[cls], about) for cls in EVENT_TYPES}
+    blocks = _table(out, "blocks", tenancies.SCHEMA, about)
+    try:
+        tenants = _fill(trace, options.tokens, files, blocks)
+        for batch in tenants.end():
+            blocks.add(batch)
+    except BaseException:
+        for table in (*files.values(), blocks):
+            table.abandon()
+        raise
+    problems = trace.problems
+    ended = {
+        "vllm_trace.complete": "no" if problems else "yes",
+        "vllm_trace.problems": json.dumps(problems),
+    }
+    for table in (*files.values(), blocks):
+        table.close(ended)
+    _processes(trace, _table(out, "trace", TRACE, about), ended)
+    derived.write(out, about | ended)
+    counts = {"events": sum(table.num_rows for table in files.values())}
+    return Exported(
+        counts | {"tenancies of blocks": blocks.num_rows},
+        notes=["the tables are marked: vllm_trace.complete is no"] if problems else [],
+    )
+
+
+def _table(out: Path, name: str, schema: pa.Schema, about: dict[str, str]) -> TableFile:
+    return TableFile(out / f"{name}.parquet", schema, about | {"table": name})
+
+
+def _fill(
+    trace: Trace, tokens: bool, files: dict[type[Event], TableFile], blocks: TableFile
+) -> tenancies.Tenancies:
+    chunks, tenants = _reader(trace, tokens)
+    for chunk in chunks:
+        for cls, batch in chunk.items():
+            files[cls].add(batch)
+        for batch in tenants.take(chunk):
+            blocks.add(batch)
+    return tenants
+
+
+def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], tenancies.Tenancies]:
+    """Chunks and what follows the blocks: compiled where that pays and can be had."""
+    size = sum(file.path.stat().st_size for file in trace.files)
+    if size >= FAST_FROM:
+        # RuntimeError: numba finds no folder that it may keep what it compiles in.
+        with contextlib.suppress(ImportError, RuntimeError):
+            from vllm_trace.export import compiled
+
+            if len(trace.files) > 1:
+                return columns.chunks(trace, tokens), tenancies.Tenancies(compiled.fold)
+            found = compiled.chunks(trace, tokens)
+            return found, tenancies.Tenancies(compiled.fold)
+    return columns.chunks(trace, tokens), tenancies.Tenancies()
+
+
+def _processes(trace: Trace, table: TableFile, about: dict[str, str]) -> None:
+    """The table ``trace``: what each file's header and footer say."""
+    rows = []
+    for number, file in enumerate(trace.files):
+        header, clock = file.header, file.header.get("clock", {})
+        rows.append(
+            {
+                "process": number,
+                "file": file.path.name,
+                "num_events": file.num_events,
+                "dropped": file.dropped,
+                "truncated": file.truncated or None,
+                "problems": trace.problems_of(file),
+            }
+            | {key: header.get(key) for key in TRACE.names if key in header}
+            | {key: clock.get(key) for key in ("monotonic_ns", "unix_ns")}
+        )
+    table.add(pa.RecordBatch.from_pylist(rows, schema=TRACE))
+    table.close(about)

@@ -1,0 +1,155 @@
+"""Why a prefix was not hit, for every lookup of a trace in one reading.
+
+``explain`` follows the hashes of one request through a trace that it has read before. Here nothing
+is known beforehand, so the history of all hashes is kept: of those in the cache, which are no more
+than the pool has blocks, and of the last ``REMEMBERED`` that were lost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_trace.events import (
+    BlockEvicted,
+    BlocksCached,
+    EngineConfigured,
+    PrefixLookedUp,
+    RequestArrived,
+)
+from vllm_trace.explain.cache import Miss
+
+REMEMBERED = 200_000
+"""Lost hashes that are still understood."""
+
+Lost = list[Any]
+"""[cause, block, request that took the block or -1] of a hash that is not in the cache any more."""
+
+
+class PrefixHistory:
+    """Which hashes one engine has, had and lost. A key is a hash, with its KV-cache group above it.
+
+    Leaves out: whether the same tokens lie there under another salt or LoRA, which takes token ids.
+    """
+
+    def __init__(self, remembered: int = REMEMBERED) -> None:
+        self.remembered = remembered
+        self.config: EngineConfigured | None = None
+        self.cached: dict[int, int] = {}
+        """Key → blocks that have it."""
+        self.of_block: dict[int, list[int]] = {}
+        """Block → its keys."""
+        self.lost: dict[int, Lost] = {}
+        """The oldest first."""
+        self.hashes: dict[int, list[int]] = {}
+        """Of each unfinished request, in order."""
+        self._evicted: list[Lost] = []
+        self._forgot = False
+
+    def configured(self, event: EngineConfigured) -> None:
+        """A new pool: nothing is cached."""
+        self.config = event
+        self.cached.clear()
+        self.of_block.clear()
+        self.lost.clear()
+        self._forgot = False
+
+    def arrived(self, event: RequestArrived) -> None:
+        self.hashes[event.request] = list(event.block_hashes)
+
+    def finished(self, request: int) -> None:
+        self.hashes.pop(request, None)
+
+    def blocks_cached(self, event: BlocksCached) -> None:
+        """Blocks got a hash."""
+        above = event.group << 64
+        cached, of_block = self.cached, self.of_block
+        for block, block_hash in zip(event.blocks, event.hashes):
+            key = block_hash | above
+            keys = of_block.get(block)
+            if keys is None:
+                of_block[block] = [key]
+            elif key in keys:
+                continue
+            else:
+                keys.append(key)
+            cached[key] = cached.get(key, 0) + 1
+
+    def block_evicted(self, event: BlockEvicted) -> None:
+        """A block lost its hashes; who takes it is known at the next ``took``."""
+        self._lose(event.block, "evicted", self._evicted)
+
+    def _lose(self, block: int, cause: str, evicted: list[Lost]) -> None:
+        cached, lost = self.cached, self.lost
+        for key in self.of_block.pop(block, ()):
+            left = cached[key] - 1
+            if left:
+                cached[key] = left
+            else:
+                del cached[key]
+            lost.pop(key, None)
+            story = lost[key] = [cause, block, -1]
+            evicted.append(story)
+        if len(lost) > self.remembered:
+            lost.pop(next(iter(lost)))
+            self._forgot = True
+
+    def took(self, request: int) -> None:
+        """``allocate_slots`` returned: what was evicted since the last one was evicted for it."""
+        if self._evicted:
+            for story in self._evicted:
+                story[2] = request
+            self._evicted.clear()
+
+    def reset(self) -> None:
+        """``reset_prefix_cache``: everything was forgotten."""
+        for block in [*self.of_block]:
+            self._lose(block, "reset", [])
+
+    def looked_up(self, event: PrefixLookedUp) -> Miss:
+        """Judge one lookup; ``cause`` is a key of ``explain.cache.CAUSES``."""
+        hashes = self.hashes.setdefault(event.request, [])
+        hashes += event.new_hashes
+        config = self.config
+        if config is None:
+            return Miss("unknown", 0, 0)
+        unit = config.block_size
+        full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
+        got = event.num_hit_tokens // unit
+        miss = Miss("all hit", got, full)
+        if not config.settings.get("enable_prefix_caching", True):
+            miss.cause = "cache off"
+        elif full == 0:
+            miss.cause = "short"
+        elif got < hittable:
+            miss.index = got
+            self._examine(miss, hashes, config)
+        elif full > hittable:
+            miss.index, miss.cause = hittable, "logits"
+        return miss
+
+    def _examine(self, miss: Miss, hashes: list[int], config: EngineConfigured) -> None:
+        """Look for the missing block in every group."""
+        unit, hash_size = config.block_size, config.hash_block_size
+        there, missing = 0, []
+        for group, size in enumerate([g.block_size for g in config.groups] or [unit]):
+            wanted = []
+            for end in range(miss.index * unit + size, (miss.index + 1) * unit + 1, size):
+                place = end // hash_size - 1
+                if not 0 <= place < len(hashes):
+                    miss.cause = "unknown"
+                    return
+                wanted.append(hashes[place] | group << 64)
+            absent = [key for key in wanted if key not in self.cached]
+            missing += absent[:1]
+            there += not absent
+        if not missing:
+            miss.cause = "unread"
+            return
+        known = self.lost.get(missing[0])
+        if known is None:
+            miss.cause = "unknown" if self._forgot else "none shared"
+        else:
+            miss.cause, miss.block, miss.taker = known
+        miss.group = missing[0] >> 64
+        if there:
+            miss.cause = "group"

@@ -1,0 +1,109 @@
+"""A span as plain values, its ids, and W3C's ``traceparent``. Nothing here knows OpenTelemetry's SDK."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+INTERNAL, SERVER = 1, 2
+"""Kinds, numbered as in OTLP."""
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class Resource(msgspec.Struct, gc=False):
+    """The process that a span is of."""
+
+    attributes: dict[str, Any]
+
+
+class SpanEvent(msgspec.Struct, gc=False):
+    """A moment in a span. Spans of several requests share those of a step."""
+
+    at_ns: int
+    name: str
+    attributes: dict[str, Any]
+    wire: bytes | None = None
+    """Left to the encoder: what it made of this event."""
+
+
+class Link(msgspec.Struct, gc=False):
+    """A pointer to a span of another trace."""
+
+    trace_id: bytes
+    span_id: bytes
+
+
+class Span(msgspec.Struct, gc=False):
+    """One finished span. Times are Unix ns."""
+
+    trace_id: bytes
+    span_id: bytes
+    parent_id: bytes
+    """Empty for a root."""
+    name: str
+    start_ns: int
+    end_ns: int
+    resource: Resource
+    attributes: dict[str, Any]
+    kind: int = INTERNAL
+    events: Sequence[SpanEvent] = ()
+    links: Sequence[Link] = ()
+    error: str = ""
+    """Makes the status ERROR, with these words."""
+    remote_parent: bool = False
+    dropped_events: int = 0
+
+
+class Ids:
+    """Span ids of one trace: a sequence that is the same in every export of it.
+
+    Steps of the golden ratio: as good as random for whoever samples by ids, and no hash for each.
+    """
+
+    __slots__ = ("base", "count")
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.count = 0
+
+    def next(self) -> bytes:
+        self.count += 1
+        return self.at(self.count)
+
+    def at(self, place: int) -> bytes:
+        return ((self.base + place * _GOLDEN & _MASK) or 1).to_bytes(8, "big")
+
+
+def hashed(*parts: Any, size: int = 16) -> bytes:
+    """An id made from what identifies a thing; never all zeros, which would be no id."""
+    text = "\0".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    made = blake2b(text, digest_size=size).digest()
+    return made if any(made) else b"\x01" * size
+
+
+class Traceparent(msgspec.Struct, frozen=True):
+    """The client's span, as its ``traceparent`` header gave it."""
+
+    trace_id: bytes
+    span_id: bytes
+    sampled: bool
+
+
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+def read_traceparent(text: str) -> Traceparent | None:
+    """The header's ids; None when it is not what W3C Trace Context allows."""
+    match = _TRACEPARENT.fullmatch(text.strip())
+    if match is None or match[1] == "ff" or (match[1] == "00" and match[5]):
+        return None
+    trace_id, span_id = bytes.fromhex(match[2]), bytes.fromhex(match[3])
+    if not any(trace_id) or not any(span_id):
+        return None
+    return Traceparent(trace_id, span_id, bool(int(match[4], 16) & 1))

@@ -43,59 +43,61 @@ PACKAGES = (
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
-    parser.add_argument("--json", action="store_true", help="print one JSON document for each part")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
     parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 40; quick 4)")
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     asked = parser.parse_args()
     tell = Console(stderr=True, quiet=asked.json)
     asked.output.mkdir(parents=True, exist_ok=True)
-    for name in [asked.only] if asked.only else PARTS:
-        PARTS[name](asked, tell)
+    chosen = [asked.only] if asked.only else list(PARTS)
+    documents = {name: PARTS[name](asked, tell) for name in chosen}
+    if asked.json:
+        print(json.dumps({"schema": 1} | documents))
 
 
-def measure_capture(asked: argparse.Namespace, tell: Console) -> None:
+def measure_capture(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """What tracing costs: ``capture.md`` and ``capture.json``."""
     with tell.status("measuring") as status:
         figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
-    if asked.json:
-        print(json.dumps(figures))
-    else:
+    if not asked.json:
         show(figures, Console(width=max(116, Console().width)))
         tell.print(f"Written: {asked.output}/capture.md and capture.json")
+    return figures
 
 
-def measure_exports(asked: argparse.Namespace, tell: Console) -> None:
+def measure_exports(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """Tables, lines, a timeline: ``export_tables.md`` and ``export_tables.json``."""
     with tell.status("measuring") as status:
         exports = export_tables.measure(asked.quick, status.update)
     export_tables.write(exports, about(), asked.output)
-    if asked.json:
-        print(json.dumps(exports))
-        return
-    table = Table(*export_tables.HEADS, title="Export to tables, lines, a timeline")
-    for row in export_tables.rows(exports):
-        table.add_row(*row)
-    Console(width=max(116, Console().width)).print(table)
-    tell.print(f"Written: {asked.output}/export_tables.md and export_tables.json")
+    if not asked.json:
+        show_table(
+            export_tables.HEADS, export_tables.rows(exports), "Export to tables, lines, a timeline"
+        )
+        tell.print(f"Written: {asked.output}/export_tables.md and export_tables.json")
+    return {"figures": exports}
 
 
-def measure_oracle(asked: argparse.Namespace, tell: Console) -> None:
+def measure_oracle(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """``mini``, ``replay`` and ``check``: ``oracle.md`` and ``oracle.json``."""
     with tell.status("measuring") as status:
         figures = {"schema": 1, "about": about()} | oracle.measure(asked.quick, status.update)
     figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
     oracle.write(figures, asked.output, head_of(figures["about"]), _markdown_table)
-    if asked.json:
-        print(json.dumps(figures))
-    else:
-        table = Table(*oracle.HEADS, title="The oracle")
-        for row in oracle.rows(figures):
-            table.add_row(*row)
-        Console(width=max(116, Console().width)).print(table)
+    if not asked.json:
+        show_table(oracle.HEADS, oracle.rows(figures), "The oracle")
         tell.print(f"Written: {asked.output}/oracle.md and oracle.json")
+    return figures
+
+
+def show_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+    table = Table(*heads, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(116, Console().width)).print(table)
 
 
 def head_of(facts: dict[str, Any]) -> list[str]:
@@ -291,7 +293,7 @@ def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Console], None]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]] = {
     "oracle": measure_oracle,
     "capture": measure_capture,
     "exports": measure_exports,

@@ -49,7 +49,7 @@ class Batcher:
 
     def take(self) -> tuple[bytes, int]:
         """(bytes, number of spans) of the batch; a new one begins."""
-        data = b"".join(
+        data = wire.request(
             wire.resource_spans(resource, SCOPE, made, self._extra)
             for resource, made in self._spans.values()
         )

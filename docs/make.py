@@ -1,6 +1,6 @@
 """Fills what is made by code into the documents: ``.venv/bin/python docs/make.py``.
 
-Between ``<!-- name -->`` and ``<!-- /name -->`` of README.md stand tables of the code and what the
+Between ``<!-- name -->`` and ``<!-- /name -->`` of the documents stand tables of the code and what the
 commands print for the golden trace of ``preempt``. A test compares them.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_trace import render, show
+from vllm_trace.export import attributes
 from vllm_trace.summary import Summary
 from vllm_trace.tables import event_table, support_table
 from vllm_trace.trace import read_trace
@@ -36,7 +37,16 @@ def blocks() -> str:
     return _fenced(show.view(read_trace(GOLD), "blocks", show.Filter(), 24))
 
 
-MADE = {"support": support_table, "events": event_table, "output": output, "blocks": blocks}
+MADE = {
+    "support": support_table,
+    "events": event_table,
+    "output": output,
+    "blocks": blocks,
+    "spans": attributes.span_table,
+    "span events": attributes.event_table,
+    "attributes": attributes.attribute_table,
+}
+DOCUMENTS = ("README.md", "docs/jaeger.md")
 
 
 def fill(text: str) -> str:
@@ -49,5 +59,6 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in DOCUMENTS:
+        path = ROOT / document
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -33,11 +33,12 @@ def test_only_what_differs_from_the_default_is_put_into_the_environment():
 
 def test_every_option_can_be_set_by_a_variable():
     asked = {"dir": "d", "level": "light", "tokens": "yes", "strict": "ON", "failures": "7"}
+    asked["otlp"] = "http://h:4317"
     assert {field.name for field in fields(Options)} == set(asked)
     made = Options.from_environment(
         {f"VTRACE_{name.upper()}": text for name, text in asked.items()}
     )
-    assert Options("d", "light", True, True, 7) == made
+    assert Options("d", "light", True, True, 7, "http://h:4317") == made
 
 
 def test_variables_of_others_are_left_alone():

@@ -36,10 +36,10 @@ class Options:
     """Also record token ids. Off by default, because traces travel."""
     strict: bool = False
     """Refuse to trace when a hooked function's source is not the one that was reviewed."""
-    otlp: str = ""
-    """Send spans to this OTLP receiver while the trace is written, from a process beside."""
     failures: int = 100
     """A probe that failed this often is taken off."""
+    otlp: str = ""
+    """Send spans to this OTLP receiver while the trace is written, from a process beside."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Options:

@@ -18,7 +18,7 @@ def add(verb: AddVerb) -> None:
 
     export = verb(
         "export", _export, "Write a trace as spans, timeline or tables",
-        "export reports/preempt/latest --to jaeger-json -o preempt.json",
+        "export reports/preempt/latest --to jaeger-json",
     )  # fmt: skip
     export.add_argument(
         "trace", type=Path, nargs="?", help="the folder of a run, or one .vtrace file"

@@ -15,6 +15,8 @@ from vllm_trace.errors import UsageError
 from vllm_trace.export import ExportError
 
 STDOUT = "-"
+PREFIX = ".vllm-trace."
+"""Of what is not whole yet."""
 
 
 @contextlib.contextmanager
@@ -33,14 +35,16 @@ def file(output: str) -> Iterator[BinaryIO]:
         sys.stdout.buffer.flush()
         return
     path = Path(output)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with _said(path), open(path, "wb") as special:
-            yield special
+    with _said(path):
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    if special:
+        with _said(path), open(path, "wb") as device:
+            yield device
         return
     with _said(path):
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        number, name = tempfile.mkstemp(prefix=PREFIX, suffix=".part", dir=path.parent)
     part = Path(name)
     try:
         with _said(path):
@@ -73,7 +77,7 @@ def folder(output: str, suffix: str) -> Iterator[Path]:
                 hint="Give another folder with -o",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        part = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=".part", dir=path.parent))
     try:
         with _said(path):
             yield part

@@ -310,6 +310,8 @@ class TraceFile:
         self.num_frames = 0
         self.num_bytes = 0
         """Up to the end of the last whole frame that was read."""
+        self._ended = False
+        """The footer was read."""
         with open(path, "rb") as file:
             self.header = self._read_header(file)
             self._begin = file.tell()

@@ -56,7 +56,7 @@ def decoded(data: bytes) -> ExportTraceServiceRequest:
 
 def ours(found: list[Span]) -> ExportTraceServiceRequest:
     made = [wire.span(span) for span in found]
-    return decoded(wire.resource_spans(found[0].resource, SCOPE, made, {}))
+    return decoded(wire.request([wire.resource_spans(found[0].resource, SCOPE, made, {})]))
 
 
 def without_what_differs(message: ExportTraceServiceRequest) -> ExportTraceServiceRequest:

@@ -45,7 +45,7 @@ def chunks(trace: Trace, tokens: bool = False, after: int = 0) -> Iterator[Chunk
                 if places[what][row] is None:
                     places[what][row] = first[what].get(record.process)
         if waiting:
-            yield _chunk(waiting, *places, tokens)
+            yield _chunk(waiting, places[0], places[1], tokens)
         if not upcoming:
             return
         waiting, places = upcoming, [steps, times]

@@ -28,8 +28,8 @@ ROWS = 65_536
 BYTES = 4 * 1024 * 1024
 """Bytes of columns after which a row group is written, however few rows it has."""
 
-FAST_FROM = 2_000_000
-"""Bytes of a trace file from which on it pays to load the compiled reader (about 100,000 events)."""
+FAST_FROM = 700_000
+"""Bytes of a trace file from which on it pays to load the compiled reader (about 40,000 events)."""
 
 
 class TableFile:

@@ -167,14 +167,14 @@ class _Timeline:
         handler = self.handlers.get(kind)
         if handler is not None:
             handler(process, event, at)
-        elif kind is StepScheduled:
+        elif isinstance(event, StepScheduled):
             self._scheduled(number, process, event)
-        elif kind is StepUpdated:
+        elif isinstance(event, StepUpdated):
             self._updated(number, process, event)
-        elif kind is AttentionPlanned:
-            step = self.steps.get(event.step)  # type: ignore[attr-defined]
+        elif isinstance(event, AttentionPlanned):
+            step = self.steps.get(event.step)
             if step is not None:
-                step.variants[number] = event.variant  # type: ignore[attr-defined]
+                step.variants[number] = event.variant
         elif kind in self.of_steps:
             step = self.steps.get(event.step)  # type: ignore[attr-defined]
             if step is not None:

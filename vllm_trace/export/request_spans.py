@@ -291,10 +291,10 @@ class Life:
     ) -> None:
         """It got blocks."""
         blocks = event.blocks
-        new = [*blocks[0]] if len(blocks) == 1 else [b for row in blocks for b in row]
+        new = blocks[0] if len(blocks) == 1 else [b for row in blocks for b in row]
         facts: dict[str, Any] = {
             a.NUM_NEW_BLOCKS: len(new),
-            a.NEW_BLOCKS: new[:MAX_IDS],
+            a.NEW_BLOCKS: new if len(new) <= MAX_IDS else new[:MAX_IDS],
             a.FREE_AFTER: event.num_free_blocks,
         }
         if before is not None:

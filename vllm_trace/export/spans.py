@@ -19,6 +19,8 @@ from vllm_trace.events import (
     BlockEvicted,
     BlocksCached,
     BlocksFreed,
+    BlocksTaken,
+    BlocksTouched,
     EngineConfigured,
     Event,
     PrefixCacheReset,
@@ -29,11 +31,13 @@ from vllm_trace.events import (
     RequestPreempted,
     RequestSeen,
     SlotsAllocated,
+    SlotsMapped,
     SlotsRefused,
     StepExecuted,
     StepSampled,
     StepScheduled,
     StepUpdated,
+    TableRowChanged,
 )
 from vllm_trace.export import attributes as a
 from vllm_trace.export.engine_spans import LAG, MAX_DECODE_STEPS, Engine, Sampler, layer_index
@@ -153,6 +157,8 @@ class SpanFold:
                 method(engine, event)
                 if kind is EngineConfigured:
                     self._configured(process, event)
+            elif kind in _LEFT_OUT:
+                continue
             elif kind in _WORKER:
                 home = engine or process.home or self._home_of(process)
                 if home is None:
@@ -240,6 +246,7 @@ _ENGINE: dict[type, Callable[[Engine, Any], None]] = {
     StepScheduled: Engine.scheduled,
     StepUpdated: Engine.updated,
 }
+_LEFT_OUT = frozenset((BlocksTaken, BlocksTouched, TableRowChanged, SlotsMapped))
 _WORKER = frozenset((StepExecuted, StepSampled, AttentionPlanned, AttentionCalled))
 
 

@@ -14,7 +14,7 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.export import attributes as a
-from vllm_trace.export.span import Ids, Link, Resource, Span, hashed
+from vllm_trace.export.span import INTERNAL, Ids, Link, Resource, Span, hashed
 
 Emit = Callable[[Span], None]
 
@@ -64,7 +64,7 @@ SCHEDULE, POSTPROCESS = 1, 2
 
 
 class _Tree:
-    """The spans of one step, sharing ids and clock."""
+    """The workers' spans of one step."""
 
     def __init__(self, step: Step, ids: StepIds, emit: Emit) -> None:
         self.trace_id, self.root_id = step.link.trace_id, step.link.span_id
@@ -81,11 +81,9 @@ class _Tree:
         resource: Resource,
         attributes: dict[str, Any],
         parent: bytes = b"",
-        place: int = 0,
     ) -> bytes:
-        if not place:
-            place = self.place = self.place + 1
-        span_id = self.ids.spans.at(self.first + place)
+        self.place += 1
+        span_id = self.ids.spans.at(self.first + self.place)
         end = start + dur_ns
         if not self.begin or start < self.begin:
             self.begin = start
@@ -105,40 +103,57 @@ NO_FACTS: dict[str, Any] = {}
 
 def emit_step(step: Step, ids: StepIds, engine: Any) -> None:
     """Emit all spans of a step, the root last. What is missing of it makes the root incomplete."""
-    tree = _Tree(step, ids, engine.emit)
     plan, done, offset, resource = step.scheduled, step.updated, engine.offset, engine.resource
+    trace_id, root_id, emit = step.link.trace_id, step.link.span_id, engine.emit
+    first = step.number * SPANS_PER_STEP
     facts: dict[str, Any] = {a.STEP: step.number}
+    begin = end = 0
     if plan is not None:
-        start = plan.started_ns + offset
-        tree.add("schedule", start, plan.dur_ns, resource, NO_FACTS, place=SCHEDULE)
-        facts |= {
-            a.NUM_REQUESTS: len(plan.requests or ()),
-            a.NUM_RUNNING: plan.num_running,
-            a.NUM_WAITING: plan.num_waiting,
-            a.NUM_FREE: plan.num_free_blocks,
-            a.PREFILL_TOKENS: step.prefill_tokens,
-            a.DECODE_TOKENS: step.decode_tokens,
-        }
-        if plan.new or plan.resumed:
-            facts[a.NUM_NEW] = len(plan.new) + len(plan.resumed)
-        if plan.preempted:
-            facts[a.NUM_PREEMPTED] = len(plan.preempted)
+        begin = plan.started_ns + offset
+        end = begin + plan.dur_ns
+        span_id = ids.spans.at(first + SCHEDULE)
+        emit(Span(trace_id, span_id, root_id, "schedule", begin, end, resource, NO_FACTS))
+        facts = _plan_facts(step, plan)
     if step.parts:
+        tree = _Tree(step, ids, emit)
         _emit_workers(step, tree, engine)
+        if tree.end:
+            begin = min(begin, tree.begin) if begin else tree.begin
+            end = max(end, tree.end)
     if done is not None:
         start = done.started_ns + offset
-        tree.add("postprocess", start, done.dur_ns, resource, NO_FACTS, place=POSTPROCESS)
+        last = start + done.dur_ns
+        begin, end = begin or start, max(end, last)
+        span_id = ids.spans.at(first + POSTPROCESS)
+        emit(Span(trace_id, span_id, root_id, "postprocess", start, last, resource, NO_FACTS))
         if done.num_output_tokens is not None:
             facts[a.NUM_OUTPUT] = sum(done.num_output_tokens)
     if plan is None or done is None:
         facts[a.INCOMPLETE] = True
-    if tree.end:
-        engine.emit(
+    if end:
+        emit(
             Span(
-                tree.trace_id, tree.root_id, b"", "engine_step", tree.begin, tree.end, resource,
-                facts, links=step.links,
+                trace_id, root_id, b"", "engine_step", begin, end, resource, facts, INTERNAL, (),
+                step.links,
             )
         )  # fmt: skip
+
+
+def _plan_facts(step: Step, plan: StepScheduled) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        a.STEP: step.number,
+        a.NUM_REQUESTS: len(plan.requests or ()),
+        a.NUM_RUNNING: plan.num_running,
+        a.NUM_WAITING: plan.num_waiting,
+        a.NUM_FREE: plan.num_free_blocks,
+        a.PREFILL_TOKENS: step.prefill_tokens,
+        a.DECODE_TOKENS: step.decode_tokens,
+    }
+    if plan.new or plan.resumed:
+        facts[a.NUM_NEW] = len(plan.new) + len(plan.resumed)
+    if plan.preempted:
+        facts[a.NUM_PREEMPTED] = len(plan.preempted)
+    return facts
 
 
 def _emit_workers(step: Step, tree: _Tree, engine: Any) -> None:

@@ -71,7 +71,7 @@ MOST_BLOCKS = 1 << 24
 """A larger id is no block's: it bounds what a damaged trace can ask for."""
 
 
-def fold(ops, flat, rows, links, free, heads, cached, filled, given, closed, state, out):  # type: ignore[no-untyped-def]
+def fold(ops, flat, rows, links, free, heads, cached, filled, given, closed, state, out):
     """Take what happened; write the rows that are complete to ``out`` and return how many.
 
     ``ops``: what, event, step, ns, request, its index, group, begin and end in ``flat``.

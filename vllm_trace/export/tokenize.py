@@ -16,7 +16,7 @@ DEEPEST = 32
 
 
 @njit(cache=True)
-def tokenize(raw, sorts, values, nexts, places, starts, ends):  # type: ignore[no-untyped-def]
+def tokenize(raw, sorts, values, nexts, places, starts, ends):
     """Read batches (``size u32, MessagePack list of events``) that fill ``raw`` exactly.
 
     Writes for each token its sort, its value (a number; ``place << 32 | size`` of a text; how many
@@ -32,7 +32,7 @@ def tokenize(raw, sorts, values, nexts, places, starts, ends):  # type: ignore[n
     while position < total:
         if total - position < 4:
             return -1, position
-        size = 0
+        size = np.int64(0)
         for i in range(4):
             size |= np.int64(raw[position + i]) << (8 * i)
         position += 4
@@ -89,9 +89,9 @@ def tokenize(raw, sorts, values, nexts, places, starts, ends):  # type: ignore[n
             if sort == TEXT:
                 if end - position < value:
                     return -1, begun
-                place = position
-                position += value
-                value = (np.int64(place) << 32) | value
+                place = np.int64(position)
+                position += int(value)
+                value = (place << 32) | value
             token = num_tokens
             num_tokens += 1
             sorts[token] = sort
@@ -129,7 +129,7 @@ def tokenize(raw, sorts, values, nexts, places, starts, ends):  # type: ignore[n
 
 
 @njit(cache=True)
-def walk(heads, lengths, nexts, nothing, fields):  # type: ignore[no-untyped-def]
+def walk(heads, lengths, nexts, nothing, fields):
     """The token of each field of each event; ``nothing`` for one that is not there."""
     for event in range(len(heads)):
         token = heads[event] + 2
@@ -142,7 +142,7 @@ def walk(heads, lengths, nexts, nothing, fields):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True)
-def pick(at, sorts, values, unsigned, made):  # type: ignore[no-untyped-def]
+def pick(at, sorts, values, unsigned, made):
     """The numbers that tokens are; False when one is none, or does not fit."""
     for i in range(len(at)):
         token = at[i]
@@ -157,7 +157,7 @@ def pick(at, sorts, values, unsigned, made):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def pick_lists(at, lengths, sorts, values, unsigned, made):  # type: ignore[no-untyped-def]
+def pick_lists(at, lengths, sorts, values, unsigned, made):
     """The numbers in lists of numbers, one list after the other; False as in ``pick``."""
     count = 0
     for i in range(len(at)):
@@ -174,7 +174,7 @@ def pick_lists(at, lengths, sorts, values, unsigned, made):  # type: ignore[no-u
 
 
 @njit(cache=True)
-def pick_texts(at, sizes, raw, values, made):  # type: ignore[no-untyped-def]
+def pick_texts(at, sizes, raw, values, made):
     """The bytes of texts, one after the other."""
     count = 0
     for i in range(len(at)):

@@ -195,22 +195,31 @@ def span(one: Span) -> bytes:
         parts += [link(each) for each in one.links]
     if one.error:
         parts.append(field(0x7A, field(0x12, one.error.encode("utf-8", "replace")) + b"\x18\x02"))
-    return field(0x12, b"".join(parts))
+    if one.events:
+        # These are long: put together once.
+        return b"".join([b"\x12", number(sum(map(len, parts))), *parts])
+    body = b"".join(parts)
+    size = len(body)
+    return b"\x12" + (_SMALL[size] if size < 16384 else varint(size)) + body
 
 
 def resource_spans(
     resource: Resource, scope: tuple[str, str], spans: Sequence[bytes], extra: dict[str, Any]
-) -> bytes:
-    """``ResourceSpans`` as a field of ``TracesData`` or of an export request.
+) -> list[bytes]:
+    """``ResourceSpans`` as a field of ``TracesData`` or of an export request, in pieces.
 
-    ``extra`` comes over the resource's own attributes.
+    ``extra`` comes over the resource's own attributes. Pieces, because these are the big ones:
+    whoever puts them together copies them once.
     """
-    described = b"".join(_OF_RESOURCE.of(resource.attributes | extra))
+    described = field(0x0A, b"".join(_OF_RESOURCE.of(resource.attributes | extra)))
     name, version = scope
     head = field(0x0A, field(0x0A, name.encode()) + field(0x12, version.encode()))
-    return field(0x0A, field(0x0A, described) + field(0x12, head + b"".join(spans)))
+    inner = len(head) + sum(map(len, spans))
+    begin = b"\x12" + number(inner)
+    outer = len(described) + len(begin) + inner
+    return [b"\x0a" + number(outer), described, begin, head, *spans]
 
 
-def request(resources: Iterable[bytes]) -> bytes:
-    """``ExportTraceServiceRequest``; also ``TracesData``, which has the same form."""
-    return b"".join(resources)
+def request(parts: Iterable[list[bytes]]) -> bytes:
+    """``ExportTraceServiceRequest`` of pieces; also ``TracesData``, which has the same form."""
+    return b"".join([piece for part in parts for piece in part])

@@ -1,0 +1,207 @@
+"""Export of spans: events a second to OTLP protobuf on one core, memory, and what ``--otlp`` adds to a step.
+
+``spans`` turns a recorded run of the real scheduler into OTLP protobuf in a fresh process, at two
+sizes: what memory it needs must not depend on them. ``streaming`` is the scheduler-only step with a
+sidecar that follows the trace and sends to a receiver, one that is there and one that is gone, in
+pairs with the same traced step without one.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import files, overhead
+
+EXPORT = """
+import sys, time
+from pathlib import Path
+from vllm_trace.export.otlp import encoded, SpanFold
+from vllm_trace.trace import read_trace
+trace, size, spans = read_trace(Path(sys.argv[1])), 0, 0
+began = time.process_time()
+for data, count in encoded(trace, SpanFold()):
+    size += len(data)
+    spans += count
+took = time.process_time() - began
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(trace.files[0].num_events, spans, size, took, peak)
+"""
+
+
+@dataclass(frozen=True)
+class Exporting:
+    """A trace as OTLP protobuf, on one core."""
+
+    num_events: int
+    num_spans: int
+    num_bytes: int
+    seconds: float
+    """CPU time, reading included."""
+    peak_mb: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"events_per_s": self.num_events / self.seconds}
+
+
+def export_spans(path: Path) -> Exporting:
+    """Export in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT, str(path)], capture_output=True, text=True, check=True
+    )
+    events, spans, size, took, peak = done.stdout.split()
+    return Exporting(int(events), int(spans), int(size), float(took), int(peak) / 1024)
+
+
+def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, Any]]:
+    """The trace repeated to each of these numbers of events."""
+    found = []
+    for count in counts:
+        big = files.repeated(path, count, folder / f"{count}-spans.vtrace")
+        found.append(export_spans(big).to_dict())
+        big.unlink()
+    return found
+
+
+# Streaming --------------------------------------------------------------------------------
+
+
+@contextmanager
+def receiver() -> Iterator[str]:
+    """A gRPC receiver in a process of its own, so that its work is nobody's here."""
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from tests.export.receiver import Inbox, grpc_receiver\n"
+        "class Sink(Inbox):\n"
+        "    def take(self, request, headers): return True\n"
+        "with grpc_receiver(Sink()) as url:\n"
+        "    print(url, flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A traced step with a sidecar, against the same without one. Ratios of CPU time in a round."""
+
+    arm: str
+    rounds: int
+    step_us: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def step_us(engine: Any, url: str) -> float:
+    """CPU time of one traced step in the engine's process, in microseconds."""
+    from vllm_trace import hooks, sidecar
+    from vllm_trace.options import Options
+
+    with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
+        hooks.attach(Options(dir=folder))
+        beside = sidecar.start(Path(folder), url) if url else None
+        try:
+            engine.fill()
+            for _ in range(overhead.WARM_UP):
+                engine.step()
+            began = time.process_time_ns()
+            for _ in range(overhead.STEPS):
+                engine.step()
+            return (time.process_time_ns() - began) / overhead.STEPS / 1000
+        finally:
+            hooks.detach()
+            if beside is not None:
+                beside.abandon()
+
+
+def streaming(rounds: int, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """What ``--otlp`` adds to a step, with a receiver and without."""
+    from bench.engine import Engine, settle_heap
+
+    engine, rng = Engine(), random.Random(0)
+    times: dict[str, list[tuple[float, float]]] = {}
+    with receiver() as url:
+        arms = {
+            "traced": "",
+            "traced again": "",
+            "--otlp": url,
+            "--otlp, nobody there": "http://127.0.0.1:9",
+        }
+        for number in range(rounds):
+            tell(f"streaming: round {number + 1} of {rounds}")
+            order = [*arms]
+            rng.shuffle(order)
+            settle_heap()
+            taken = {arm: step_us(engine, arms[arm]) for arm in order}
+            for arm, us in taken.items():
+                times.setdefault(arm, []).append((us, taken["traced"]))
+    engine.empty()
+    return [_summary(arm, times[arm]).to_dict() for arm in arms]
+
+
+def _summary(arm: str, pairs: list[tuple[float, float]]) -> Streaming:
+    ratios = [us / base for us, base in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    us = statistics.median(us for us, _ in pairs)
+    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high)
+
+
+def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """All figures of this part."""
+    from bench import arms
+    from bench.engine import Engine
+
+    with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
+        tell("recording a run for the export")
+        engine = Engine()
+        made = arms.trace_of(lambda: engine.serve(500 if quick else 4000), Path(folder) / "run")
+        tell("spans")
+        counts = (50_000, 200_000) if quick else (100_000, 1_000_000)
+        found = {"spans": spans(made, counts, Path(folder))}
+    return found | {"streaming": streaming(3 if quick else 20, tell)}
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, figure, target)."""
+    small, large = figures["spans"]
+    made = [
+        ("spans to OTLP protobuf", f"{large['events_per_s'] / 1e3:.0f} k events/s", "≥ 200 k/s"),
+        (
+            "memory of it",
+            f"{small['peak_mb']:.0f} MB at {small['num_events']:,} events, "
+            f"{large['peak_mb']:.0f} MB at {large['num_events']:,}",
+            "the same",
+        ),
+    ]
+    for arm in figures["streaming"][1:]:
+        percent = [100 * (arm[key] - 1) for key in ("ratio", "ratio_low", "ratio_high")]
+        text = "{:+.2f} % ({:+.2f} … {:+.2f} %) of a traced step".format(*percent)
+        made.append(
+            (f"step: {arm['arm']}", text, "≤ 0.5 %" if "otlp" in arm["arm"] else "the noise")
+        )
+    return made
+
+
+if __name__ == "__main__":
+    for row in rows(measure("--quick" in sys.argv)):
+        print(" | ".join(row))

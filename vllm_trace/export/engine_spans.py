@@ -30,8 +30,9 @@ from vllm_trace.events import (
 )
 from vllm_trace.export import attributes as a
 from vllm_trace.export.prefix import PrefixHistory
-from vllm_trace.export.request_spans import Life, StepLog
+from vllm_trace.export.request_spans import Life
 from vllm_trace.export.span import Resource, Span, SpanEvent, Traceparent
+from vllm_trace.export.step_log import StepLog
 from vllm_trace.export.step_spans import Step, StepIds, emit_step
 from vllm_trace.state import NULL_BLOCK
 

@@ -6,8 +6,6 @@ Each span is emitted when it is finished, children first, the root last.
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice
 from typing import Any
 
 from vllm_trace.events import (
@@ -21,6 +19,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.explain.cache import Miss
 from vllm_trace.export import attributes as a
+from vllm_trace.export.request_facts import arrival_facts
 from vllm_trace.export.span import (
     INTERNAL,
     SERVER,
@@ -45,36 +44,6 @@ FRONT_END_S = 600
 
 FAILED = ("abort", "error")
 """vLLM's reasons that make the status ERROR."""
-
-
-class StepLog:
-    """Events of the steps that decode, shared by all requests in them.
-
-    A request's decode is a range of places in it. What lies before every open range is forgotten.
-    """
-
-    def __init__(self) -> None:
-        self.events: deque[SpanEvent] = deque()
-        self.begin = 0
-
-    @property
-    def end(self) -> int:
-        return self.begin + len(self.events)
-
-    def append(self, event: SpanEvent) -> int:
-        self.events.append(event)
-        return self.end - 1
-
-    def at(self, place: int) -> SpanEvent | None:
-        return self.events[place - self.begin] if place >= self.begin else None
-
-    def slice(self, begin: int, end: int) -> list[SpanEvent]:
-        return list(islice(self.events, begin - self.begin, end - self.begin))
-
-    def forget(self, before: int) -> None:
-        while self.begin < before and self.events:
-            self.events.popleft()
-            self.begin += 1
 
 
 class Chunk:
@@ -483,7 +452,7 @@ class Life:
         if config is not None and config.settings.get("model"):
             facts[a.REQUEST_MODEL] = facts[a.RESPONSE_MODEL] = str(config.settings["model"])
         if self.arrival is not None:
-            facts |= _arrival_facts(self.arrival, bool(self.remote))
+            facts |= arrival_facts(self.arrival, bool(self.remote))
         if reason:
             facts[a.FINISH_REASONS] = [reason]
         if reason in FAILED:
@@ -508,32 +477,3 @@ class Life:
             facts[a.PROMPT_TOKEN_IDS] = self.arrival.token_ids
             facts[a.OUTPUT_TOKEN_IDS] = self.token_ids
         return facts | more
-
-
-def _arrival_facts(arrival: RequestArrived, continued: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        a.INPUT_TOKENS: arrival.num_prompt_tokens,
-        a.MAX_TOKENS: arrival.max_tokens,
-    }
-    sampling = arrival.sampling
-    for key, name, kind in (
-        ("temperature", a.TEMPERATURE, float),
-        ("top_p", a.TOP_P, float),
-        ("top_k", a.TOP_K, int),
-        ("seed", a.SEED, int),
-    ):
-        value = sampling.get(key)
-        if isinstance(value, (int, float)) and not (key == "top_k" and value <= 0):
-            facts[name] = kind(value)
-    choices = sampling.get("n")
-    if isinstance(choices, int) and choices > 1:
-        facts[a.CHOICES] = choices
-    if arrival.priority:
-        facts[a.PRIORITY] = arrival.priority
-    if arrival.lora:
-        facts[a.LORA] = arrival.lora
-    if arrival.salted:
-        facts[a.SALTED] = True
-    if arrival.traceparent and not continued:
-        facts[a.BAD_TRACEPARENT] = True
-    return facts

@@ -1,0 +1,38 @@
+"""Events of the steps that decode, once for all requests in them."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from vllm_trace.export.span import SpanEvent
+
+
+class StepLog:
+    """Grows at its end and is forgotten from its beginning.
+
+    A request's decode is a range of places in it. What lies before every open range is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.events: deque[SpanEvent] = deque()
+        self.begin = 0
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.events)
+
+    def append(self, event: SpanEvent) -> int:
+        self.events.append(event)
+        return self.end - 1
+
+    def at(self, place: int) -> SpanEvent | None:
+        return self.events[place - self.begin] if place >= self.begin else None
+
+    def slice(self, begin: int, end: int) -> list[SpanEvent]:
+        return list(islice(self.events, begin - self.begin, end - self.begin))
+
+    def forget(self, before: int) -> None:
+        while self.begin < before and self.events:
+            self.events.popleft()
+            self.begin += 1

@@ -159,11 +159,15 @@ def _replayed(trace: Salvaged, asked: Asked) -> list[dict[str, Any]]:
     for mode in MODES:
         try:
             made.append(exact(replay(trace, mode).to_dict()))
-        except TraceError as error:
+        except Exception as error:
+            # A trace that is not whole, or of settings that mini needs and it lacks: the other
+            # figures stand, and this one says why it is not there.
+            known = isinstance(error, TraceError)
+            why = str(error) if known else f"the replay failed: {type(error).__name__}: {error}"
             made.append(
                 {
                     "mode": mode, "passed": False, "events": 0, "consumed": 0, "compared": 0,
-                    "not_judged": [str(error)], "divergence": None,
+                    "not_judged": [why], "divergence": None,
                 }
             )  # fmt: skip
     return made

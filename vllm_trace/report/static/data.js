@@ -2,7 +2,6 @@
 
 const FREE = -2;
 const CACHED = -1;
-const FIGURES = ["pool", "requests", "timeline", "prefix", "kernels", "checks", "events"];
 
 // Base64 of deflated JSON, from a script element that no browser runs.
 async function unpack(id) {

@@ -3,18 +3,20 @@
 const DECISIONS = new Set(["request.arrived", "request.finished", "request.preempted", "request.freed", "slots.allocated",
   "slots.refused", "blocks.taken", "block.evicted", "blocks.touched", "blocks.cached", "blocks.freed", "prefix.reset",
   "engine.configured"]);
+// What has nothing to do with blocks, in the few words beside the pool.
+const ASIDE = ["at_ns", "arrival_unix", "sampling", "block_hashes", "priority", "salted", "num_kept", "settings", "groups", "new_hashes"];
 const LISTS = ["requests", "new", "resumed", "preempted", "finished", "kept"];
 
 class EventStore extends Events {
   constructor(model, index) {
     super(index);
     this.model = model;
-    this.number0 = this.count ? this.number(0) : 0;
   }
 
   // A line as `show events` prints it: names for numbers, long lists cut.
-  brief(place, most = 12) {
+  brief(place, most = 12, without = []) {
     const fields = this.fields(place);
+    for (const key of without) delete fields[key];
     for (const key of ["request", ...LISTS]) {
       if (key in fields && fields[key] !== null) fields[key] = this.named(fields[key]);
     }
@@ -24,11 +26,6 @@ class EventStore extends Events {
 
   named(value) {
     return Array.isArray(value) ? value.map((one) => this.named(one)) : typeof value === "number" ? this.model.name(value) : value;
-  }
-
-  async line(place) {
-    await this.load(Math.floor(place / this.index.page));
-    return `${this.kind(place).name} ${this.brief(place)}`;
   }
 
   // What was decided between the schedule of a step and the one before it.
@@ -42,7 +39,7 @@ class EventStore extends Events {
       if (places.length >= 400) break;
     }
     for (const page of new Set(places.map((place) => Math.floor(place / this.index.page)))) await this.load(page);
-    return places.map((place) => ({ number: this.number(place), text: `${this.kind(place).name} ${this.brief(place, 6)}` }));
+    return places.map((place) => ({ number: this.number(place), text: `${this.kind(place).name} ${this.brief(place, 6, ASIDE)}` }));
   }
 
   // The first place with a greater number.
@@ -76,7 +73,7 @@ class EventStore extends Events {
     const block = Number(wanted.block);
     const made = [];
     for (const place of found) {
-      if (!isLoadedOr(this, place)) {
+      if (!this.isLoaded(place)) {
         await this.load(Math.floor(place / index.page));
         if (isStale()) return made;
       }
@@ -101,7 +98,6 @@ class EventStore extends Events {
   }
 }
 
-const isLoadedOr = (store, place) => store.isLoaded(place);
 const isEmpty = (value) => value === null || (Array.isArray(value) && !value.length)
   || (typeof value === "object" && !Array.isArray(value) && !Object.keys(value).length);
 

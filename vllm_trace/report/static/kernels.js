@@ -54,7 +54,7 @@ class Kernels {
     const most = Math.max(...rows.map(([, , ns]) => ns)) || 1;
     return el("div.box", {}, el("h3", { text: "By layer" }), el("div.wide", {}, el("table", {}, el("tbody", {}, rows.slice(0, 200).map(([layer, calls, ns]) =>
       el("tr", {}, el("td", { text: `layer ${layer}` }), el("td.r", { text: many(calls, "call") }), el("td.r", { text: duration(ns) }),
-        el("td.life", { style: { width: "50%" } }, el("i.decode", { style: { left: "0", width: `${(100 * ns) / most}%` } }))))))));
+        el("td", { style: { width: "50%" } }, el("span.layer", {}, el("i", { style: { width: `${(100 * ns) / most}%` } })))))))));
   }
 
   frameAt(event) {

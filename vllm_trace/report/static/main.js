@@ -1,5 +1,6 @@
 // The page: one step at a time, one figure at a time.
 
+const FIGURES = ["pool", "requests", "timeline", "prefix", "kernels", "checks", "events"];
 const MAKE = { pool: PoolGrid, requests: Requests, timeline: Timeline, prefix: Prefix, kernels: Kernels, checks: Checks, events: EventsView };
 
 class App {
@@ -27,6 +28,8 @@ class App {
       const box = $("strip").getBoundingClientRect();
       this.setFrame(Math.floor(((event.clientX - box.left) / box.width) * this.model.numFrames));
     });
+    $("strip").addEventListener("mousemove", (event) => this.tellStrip(event));
+    $("strip").addEventListener("mouseleave", () => tip.hide());
     for (const button of document.querySelectorAll("[role=tab]")) {
       button.addEventListener("click", () => this.go(`#${button.dataset.tab}`));
       button.addEventListener("keydown", (event) => this.onTabKey(event));
@@ -184,7 +187,8 @@ class App {
       const frame = Math.floor((column * model.numFrames) / columns);
       if (frame >= model.numSteps) continue;
       const h = ((total - free[frame]) / total) * (height - 7);
-      context.fillRect(column * w, height - h, Math.ceil(w), h);
+      const left = Math.floor(column * w);
+      context.fillRect(left, height - h, Math.floor((column + 1) * w) - left, h);
     }
     context.fillStyle = theme.bad;
     model.doc.frames.preempted.forEach((list, frame) => {
@@ -199,6 +203,18 @@ class App {
     const x = ((this.frame + 0.5) / model.numFrames) * width;
     context.fillStyle = theme.mark;
     context.fillRect(x - 1, 0, 2, height);
+  }
+
+  tellStrip(event) {
+    const { model } = this;
+    const box = $("strip").getBoundingClientRect();
+    const frame = Math.max(0, Math.min(model.numFrames - 1, Math.floor(((event.clientX - box.left) / box.width) * model.numFrames)));
+    if (frame >= model.numSteps) return tip.show(event.clientX, event.clientY, "The end", []);
+    const lost = model.doc.frames.preempted[frame].map(([, request]) => model.short(request));
+    tip.show(event.clientX, event.clientY, `Step ${model.doc.frames.step[frame]}`, [
+      ["free", `${model.doc.steps.num_free_blocks[frame]} of ${Math.max(0, model.numBlocks - 1)} blocks`],
+      lost.length ? ["preempted", lost.join(", ")] : null,
+    ]);
   }
 
   setTheme(name) {

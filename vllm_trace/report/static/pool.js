@@ -41,21 +41,22 @@ class PoolGrid {
     // A cell is one block, of a size that lets the whole pool be seen; of a huge pool, several.
     this.perCell = Math.ceil(blocks / 120000);
     const cells = Math.ceil(blocks / this.perCell);
-    let size = 60;
+    let size = 84;
     const rows = (s) => Math.ceil(cells / Math.max(1, Math.floor(width / s)));
     while (size > 4 && rows(size) * size > Math.max(260, Math.min(innerHeight * 0.5, 460))) size -= size > 24 ? 2 : 1;
     this.size = size;
     this.columns = Math.max(1, Math.floor(width / size));
     // Full tens or powers of two are easier to count along.
-    for (const round of [128, 100, 64, 50, 40, 32, 25, 20, 16, 10, 8]) {
+    for (const round of cells <= this.columns ? [] : [128, 100, 64, 50, 40, 32, 25, 20, 16, 10, 8]) {
       if (this.columns >= round && rows(width / round) * (width / round) <= 640) {
         this.columns = round;
         break;
       }
     }
     this.columns = Math.min(this.columns, cells);
-    this.size = Math.min(64, Math.floor(width / this.columns));
+    this.size = Math.min(84, Math.floor(width / this.columns));
     this.rows = Math.ceil(cells / this.columns);
+    Object.assign(this.canvas.dataset, { columns: this.columns, cell: this.size });
   }
 
   draw() {
@@ -158,7 +159,7 @@ class PoolGrid {
     const backed = one.owner >= 0 && one.count <= 1 && patternOf(one.owner) > 0;
     context.textBaseline = "top";
     context.textAlign = "left";
-    context.font = `${Math.round(Math.min(13, s * 0.3))}px system-ui, sans-serif`;
+    context.font = `${Math.round(Math.min(14, s * 0.3))}px system-ui, sans-serif`;
     const text = (words, tx, ty, width) => {
       if (backed) {
         context.fillStyle = colourOf(one.owner);
@@ -169,7 +170,7 @@ class PoolGrid {
     };
     text(id === 0 ? "null" : String(id), x + 4, y + 4, s - 8);
     if (s < 40 || one.owner < 0) return;
-    context.font = `600 ${Math.round(Math.min(14, s * 0.25))}px system-ui, sans-serif`;
+    context.font = `${s > 64 ? 600 : 500} ${Math.round(Math.min(15, s * 0.22))}px system-ui, sans-serif`;
     const words = one.count > 1 ? `×${one.count}` : this.model.short(one.owner);
     text(words.length > 8 ? `${words.slice(0, 7)}…` : words, x + 4, y + s - Math.min(20, s * 0.4), s - 8);
   }

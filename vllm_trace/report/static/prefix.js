@@ -22,6 +22,7 @@ class Prefix {
     this.children.forEach((list) => list.sort(by));
     this.longest = Math.max(...nodes.map((node) => node.num_blocks));
     this.tree = el("ul.tree", { role: "tree", id: "tree", "aria-label": "Shared prefixes" });
+    this.few = roots.length <= 3;
     this.fill(this.tree, roots, 1, 40);
     const sharing = new Set(roots.flatMap((place) => nodes[place].requests));
     body.replaceChildren(el("div.box", {},
@@ -59,7 +60,7 @@ class Prefix {
     const toggle = () => this.toggle(item, place, level);
     twist.addEventListener("click", toggle);
     line.querySelector(".bar").addEventListener("click", toggle);
-    if (level === 1 && this.children[place].length) this.toggle(item, place, level);
+    if (level === 1 && (this.children[place].length || this.few)) this.toggle(item, place, level);
     return item;
   }
 

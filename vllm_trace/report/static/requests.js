@@ -49,7 +49,7 @@ class Requests {
     bars.push(el("b", { style: { left: `${(100 * (app.frame + 0.5)) / frames}%` } }));
     return el("div.line", { class: `line${life.request === this.chosen ? " on" : ""}`, "data-request": life.request,
       onclick: () => this.choose(life.request), title: life.name },
-    el("span.name", {}, swatch(life.request), ` ${life.short}`),
+    el("span.name", {}, swatch(life.request), el("span.ell", { text: life.short })),
     el("span.c", { text: life.num_prompt_tokens }),
     el("span.c.less", { text: life.num_hit_tokens + life.num_resume_hit_tokens || "–" }),
     el("span.c", { text: life.num_output_tokens }),
@@ -109,9 +109,9 @@ class Requests {
       box.append(el("div.map", { "data-group": group }, row.slice(0, 2000).map((block, place) => this.entry(life, block, place, size, computed))));
       if (row.length > 2000) box.append(el("p.quiet", { text: `… ${row.length} blocks in all` }));
     });
-    if (rows.length) {
+    if (rows.some((row) => row.length)) {
       box.append(el("p.quiet", { text: `${many(computed, "token")} computed or planned by the end of this step. The bar is how full a block is; `
-        + "a grey one is also in other tables." }));
+        + "a dark one stands in other tables too." }));
     }
     const tokens = model.doc.tokens;
     if (tokens) {

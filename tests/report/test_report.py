@@ -162,7 +162,8 @@ def test_a_prefix_within_a_prefix(tmp_path):
     ]  # fmt: skip
     _, figures, _ = made(written(tmp_path / "t", events), replay=False, check=False)
     told = [
-        (n["parent"], n["first"], n["num_blocks"], n["requests"]) for n in figures["prefix"]["nodes"]
+        (n["parent"], n["first"], n["num_blocks"], n["requests"])
+        for n in figures["prefix"]["nodes"]
     ]
     assert [(-1, 0, 1, [0, 1, 2, 3]), (0, 1, 1, [0, 1, 2]), (1, 2, 1, [0, 1])] == told
 

@@ -103,7 +103,12 @@ class Bodies:
         kinds = [
             {"name": name, "fields": list(KINDS[name].__struct_fields__)} for name in self.kinds
         ]
-        return index | {"count": len(numbers), "kinds": kinds, "page": PAGE, "pages": len(self.pages)}
+        return index | {
+            "count": len(numbers),
+            "kinds": kinds,
+            "page": PAGE,
+            "pages": len(self.pages),
+        }
 
 
 def exact(value: Any) -> Any:

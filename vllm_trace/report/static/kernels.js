@@ -44,10 +44,10 @@ class Kernels {
   }
 
   groups(groups) {
-    return el("div.box", {}, el("h3", { text: "KV-cache groups" }), el("table", {},
+    return el("div.box", {}, el("h3", { text: "KV-cache groups" }), el("div.wide", {}, el("table", {},
       el("thead", {}, el("tr", {}, ["group", "kind", "layers", "tokens a block", "window", "bytes a page"].map((text) => el("th", { text })))),
       el("tbody", {}, groups.map((one, place) => el("tr", {}, [place, one.kind, one.num_layers, one.block_size, one.sliding_window || "none",
-        one.page_size_bytes].map((value) => el("td", { text: value })))))));
+        one.page_size_bytes].map((value) => el("td", { text: value }))))))));
   }
 
   layers(rows) {

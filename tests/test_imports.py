@@ -43,7 +43,20 @@ ROOMS = {
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
     "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
-    "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
+    "report": (
+        [
+            "__init__",
+            "errors",
+            "events",
+            "invariants",
+            "render",
+            "replay",
+            "state",
+            "summary",
+            "trace",
+        ],
+        ["jinja2", "msgspec"],
+    ),
 }
 #: May import every room: nobody imports them.
 TOPS = {"cli"}

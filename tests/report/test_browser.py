@@ -24,6 +24,11 @@ def shown(name, view, *words):
     return json.loads(done.stdout)
 
 
+def numbers_of(lines):
+    """Numbers of the events in sight."""
+    return [int(n) for n in lines.evaluate_all("nodes => nodes.map(node => node.dataset.event)")]
+
+
 def saved(path, folder, **asked):
     made = folder / "report.html"
     report.save(report.build(read_trace(path), report.Asked(**asked)).html, made)
@@ -46,7 +51,7 @@ def test_blocks_are_those_of_show(name, steps, gold, browse):
         assert step == seen.step
         owners = column["owners"]
         for block in range(1, len(owners)):
-            if len(owners) > 100 and block > 130 and block % 29:
+            if len(owners) > 100 and block > 40 and block % 7:
                 continue  # of the many that are free, some
             told = seen.block(block)
             if block in column["shared"]:
@@ -100,7 +105,10 @@ def test_tables_at_the_sliders_step_are_those_of_the_trace(name, steps, gold, br
         for request in (0, 2):
             seen.go(f"#requests?request={request}")
             cells = seen.page.locator("#table-box .map button")
-            told = [(int(c.get_attribute("data-place")), int(c.get_attribute("data-block"))) for c in cells.all()]  # fmt: skip
+            told = [
+                tuple(int(cell.get_attribute(f"data-{name}")) for name in ("place", "block"))
+                for cell in cells.all()
+            ]
             assert list(enumerate(tables[step].get(request, [[]])[0])) == told
             assert [b.split("→")[1].strip() for b in cells.all_inner_texts()] == [
                 str(b) for _, b in told
@@ -122,7 +130,8 @@ def test_kernels_checks_and_cards_are_those_of_the_verbs(gold, browse):
         assert one["sentence"] in told
         assert {"holds": "✓ holds", "unjudged": "? not judged"}[one["status"]] in told
     again = json.loads(run_cli("replay", GOLD / "preempt.vtrace", "--json", cwd=GOLD).stdout)
-    expected = " ".join(f"{r['mode']} {r['events']} 100.0 % {r['compared']} ✓ identical" for r in again["replays"])  # fmt: skip
+    rows = [f"{r['mode']} {r['events']} 100.0 % {r['compared']}" for r in again["replays"]]
+    expected = " ".join(f"{row} ✓ identical" for row in rows)
     assert expected == seen.text("#replay-table tbody")
     cards = seen.text(".cards")
     assert (
@@ -137,7 +146,7 @@ def test_events_are_those_of_show(gold, browse):
     expected = list(show.select_events(trace, wanted))
     assert f"{len(expected)} of 977 events" == seen.text("#event-count")
     lines = seen.page.locator("#events-body .line")
-    first = [int(n) for n in lines.evaluate_all("nodes => nodes.map(node => node.dataset.event)")]
+    first = numbers_of(lines)
     assert [record.number for record in expected][: len(first)] == first
     assert len(first) < len(expected)  # only those in sight exist
     lines.nth(1).click()
@@ -147,7 +156,8 @@ def test_events_are_those_of_show(gold, browse):
     values = seen.page.locator("#event-fields dd").all_inner_texts()
     fields = to_dict(record.event)
     fields.pop("kind")
-    assert {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in fields.items()} == dict(zip(names, values, strict=True))  # fmt: skip
+    texts = {k: json.dumps(v) if isinstance(v, list) else str(v) for k, v in fields.items()}
+    assert texts == dict(zip(names, values, strict=True))
 
 
 def test_events_of_a_block_and_one_event_by_its_number(gold, browse):
@@ -166,7 +176,7 @@ def test_events_of_a_block_and_one_event_by_its_number(gold, browse):
     ]  # fmt: skip
     lines = seen.page.locator("#events-body .line")
     lines.first.wait_for()
-    assert expected == [int(n) for n in lines.evaluate_all("nodes => nodes.map(node => node.dataset.event)")]  # fmt: skip
+    assert expected == numbers_of(lines)
     seen.go("#events?n=67")
     seen.page.locator("#event-detail h3").wait_for()
     assert "Event 67: request.preempted" in seen.text("#event-detail")
@@ -263,13 +273,15 @@ def test_tab_goes_through_with_the_focus_in_sight(gold, browse):
         reached.append(
             seen.page.evaluate(
                 "(() => { const at = document.activeElement; const s = getComputedStyle(at);"
-                " return [at === document.body ? 'body' : at.id || at.textContent.trim().slice(0, 12), s.outlineStyle, parseFloat(s.outlineWidth)] })()"
+                " const name = at === document.body ? 'body' : at.id || at.textContent.trim().slice(0, 12);"
+                " return [name, s.outlineStyle, parseFloat(s.outlineWidth)] })()"
             )
         )
     names = [name for name, _, _ in reached]
     for expected in ("theme", "play", "slider", "tab-pool", "grid"):
         assert expected in names
-    assert [] == [name for name, style, width in reached if name != "body" and (style == "none" or width < 1)]  # fmt: skip
+    unseen = [name for name, style, width in reached if style == "none" or width < 1]
+    assert unseen in ([], ["body"])  # after the last control
 
 
 def test_every_control_has_a_name(gold, browse):
@@ -382,7 +394,8 @@ def test_text_stands_out_from_its_background(name, scheme, gold, browse):
 
 CONTRAST = """() => {
   const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
-  const lum = ([r, g, b]) => { const f = [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const lum = (rgb) => {
+    const f = rgb.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
     return .2126 * f[0] + .7152 * f[1] + .0722 * f[2]; };
   const behind = (n) => { for (; n; n = n.parentElement) { const c = parse(getComputedStyle(n).backgroundColor);
     if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
@@ -390,7 +403,8 @@ CONTRAST = """() => {
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const n = walk.currentNode.parentElement;
-    if (!walk.currentNode.textContent.trim() || !n.checkVisibility() || ['SCRIPT', 'OPTION', 'NOSCRIPT'].includes(n.tagName)) continue;
+    if (!walk.currentNode.textContent.trim() || !n.checkVisibility()) continue;
+    if (['SCRIPT', 'OPTION', 'NOSCRIPT'].includes(n.tagName)) continue;
     const [a, b] = [lum(parse(getComputedStyle(n).color)), lum(behind(n))];
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     if (ratio < 4.5) weak.push([walk.currentNode.textContent.trim().slice(0, 40), n.className, ratio.toFixed(2)]);

@@ -7,6 +7,7 @@ import re
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from helpers import command, configured, run_cli, write_trace
@@ -129,8 +130,9 @@ def test_numbers_that_javascript_would_round_are_text():
     _, figures, pages = made(GOLD / "prefix.vtrace", replay=False, check=False)
     texts = [figures, *pages.values()]
     assert all(abs(number) <= 2**53 for number in numbers_in(texts))
-    hashes = {e.hashes[0] for e in read_trace(GOLD / "prefix.vtrace").events() if e.kind == "blocks.cached"}  # fmt: skip
-    assert {str(one) for one in hashes} <= set(figures["hashes"])
+    events = read_trace(GOLD / "prefix.vtrace").events()
+    hashes = {str(event.hashes[0]) for event in events if event.kind == "blocks.cached"}
+    assert hashes <= set(figures["hashes"])
 
 
 def numbers_in(value):
@@ -175,7 +177,7 @@ def test_spans_of_a_request_that_was_preempted():
     assert ["prefill", "decode", "preempted", "prefill", "decode"] == [names[s[0]] for s in spans]
     steps = figures["frames"]["step"]
     assert 6 == steps[spans[2][1]]  # preempted in step 6, as `show` says
-    for before, after in zip(spans, spans[1:]):
+    for before, after in pairwise(spans):
         assert before[2] + 1 == after[1]
 
 

@@ -22,7 +22,7 @@ TRACE = ROOT / "tests" / "gold" / "preempt.vtrace"
 STEP = 38
 """r-2 was preempted, and its cached blocks are being handed out to the others."""
 
-SIZE = {"width": 1180, "height": 905}
+SIZE = {"width": 1180, "height": 880}
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
             page.goto(path.as_uri())
             page.wait_for_selector("html[data-ready]")
             page.locator("#slider").fill(str(STEP - 1))
+            page.evaluate("document.activeElement.blur()")
             page.wait_for_timeout(300)
             save(page.screenshot(), MADE / f"report-{scheme}.png")
         browser.close()

@@ -41,6 +41,8 @@ ROOMS = {
     "replay": (["divergence", "errors", "events", "mini", "trace", "tracefile"], []),
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
+    "growing": (["errors", "events", "tracefile"], ["zstandard"]),
+    "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
     "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
     "report": (

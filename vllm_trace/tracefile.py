@@ -329,13 +329,8 @@ class TraceFile:
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
-        self.num_events, self.num_frames, ended = 0, 0, False
-        self.footer, self.dropped, self.truncated = {}, 0, ""
-        self._requests: list[int] = []
-        self._num_tokens: list[int] = []
-        self._sizes: dict[int, int] = {}
-        """Requests in each step whose results are not in yet."""
-        self._full = self.header.get("level") != "light"
+        self._start()
+        ended = False
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
@@ -361,6 +356,16 @@ class TraceFile:
         if not ended:
             self.truncated = self.truncated or "no footer: the process was killed or still runs"
             yield from self._read_tail()
+
+    def _start(self) -> None:
+        """Before the first batch: nothing is known of a step before."""
+        self.num_events, self.num_frames = 0, 0
+        self.footer, self.dropped, self.truncated = {}, 0, ""
+        self._requests: list[int] = []
+        self._num_tokens: list[int] = []
+        self._sizes: dict[int, int] = {}
+        """Requests in each step whose results are not in yet."""
+        self._full = self.header.get("level") != "light"
 
     def _read_footer(self, body: bytes) -> None:
         try:

@@ -71,20 +71,49 @@ def test_a_writer_that_is_never_still(tmp_path):
     writer = TraceWriter(path, HEADER, tail_size=1024)
     file, told = GrowingFile(path), []
 
+    looks = 0
+
     def write():
-        for number in range(20_000):
+        number = 0
+        while looks < 50 or writer._num_frames < 10:
             writer.write([BlocksTaken([number, *range(number % 9)])])
+            number += 1
         writer.close({})
 
     thread = threading.Thread(target=write)
     thread.start()
-    looks = 0
     while not file.ended:
         told += new(file)
         looks += 1
     thread.join()
-    assert looks > 3
-    assert list(range(20_000)) == [event.blocks[0] for event in told]
+    assert file.num_frames > 3
+    assert list(range(len(told))) == [event.blocks[0] for event in told]
+
+
+def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
+    """The writer has put it into a frame and is at zeroing it: what was read is half a batch."""
+    path = tmp_path / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER)
+    file = GrowingFile(path)
+    writer.write([BlocksTaken(list(range(20_000)))])
+    size_of = growing._SIZE
+
+    class Emptying:
+        size = size_of.size
+
+        @staticmethod
+        def unpack(head):
+            monkeypatch.setattr(growing, "_SIZE", size_of)
+            monkeypatch.setattr(writer, "_begin_tail", zero)
+            writer.flush_tail()
+            return size_of.unpack(head)
+
+    def zero():
+        writer._tail[growing._TAIL.size : writer._used] = bytes(writer._used - growing._TAIL.size)
+
+    monkeypatch.setattr(growing, "_SIZE", Emptying)
+    assert [] == new(file)
+    assert [BlocksTaken(list(range(20_000)))] == new(file)
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
@@ -109,7 +138,7 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
 
 def test_files_that_come_later_and_one_that_is_begun_anew(tmp_path):
     trace = GrowingTrace(tmp_path)
-    with pytest.raises(TraceError, match="no .vtrace file"):
+    with pytest.raises(TraceError, match=r"no \.vtrace file"):
         list(trace.new_events())
     (tmp_path / "trace").mkdir()
     first = TraceWriter(tmp_path / "trace/engine-1.vtrace", HEADER)

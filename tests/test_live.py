@@ -4,13 +4,13 @@ import io
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from helpers import configured, run_cli, write_trace
 from rich.console import Console
 from test_show import STORY, arrived, scheduled, updated
 
-from report.conftest import GOLD
 from vllm_trace import live
 from vllm_trace.events import (
     SCHEMA_VERSION,
@@ -26,6 +26,7 @@ from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import TraceWriter
 
+GOLD = Path(__file__).parent / "gold"
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1, "host": "here"}
 
 
@@ -117,7 +118,9 @@ def test_rates_are_those_of_the_last_seconds_and_fall_to_nothing(tmp_path):
     writer = TraceWriter(tmp_path / "main-1.vtrace", HEADER)
     writer.write([configured(), arrived(0, "a")])
     # Ten steps a second for ten seconds, then four a second for five, three tokens each.
-    starts = [n * second // 10 for n in range(100)] + [10 * second + n * second // 4 for n in range(21)]
+    starts = [n * second // 10 for n in range(100)] + [
+        10 * second + n * second // 4 for n in range(21)
+    ]
     for number, start in enumerate(starts, 1):
         step = StepScheduled(number, start, 7, 1, 0, 8, 0, [0], [1])
         writer.write([step, StepUpdated(number, start + 900, 30, [3])])

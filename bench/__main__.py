@@ -48,6 +48,11 @@ def main() -> None:
     asked.output.mkdir(parents=True, exist_ok=True)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
+    if not asked.quick:
+        from bench import report
+
+        with tell.status("the report in Chromium"):
+            report.write(asked.output)
     if asked.json:
         print(json.dumps(figures))
     else:

@@ -113,7 +113,10 @@ def _step(step: int, tables: list[list[int]], free: list[int]) -> list[Event]:
         SlotsMapped(step, 0, BLOCK, BLOCK, everyone, tokens, lengths, slots),
         AttentionPlanned(step, 0, "cpu_attention_with_kv_cache", "vec/whole", {"max_seq_len": length}),
         AttentionCalled(step, "cpu", [0, 1], [at + 2_000_000, at + 6_000_000], [forward // 5] * 2),
-        StepExecuted(step, at + 1_000_000, forward + 900_000, at + 1_500_000, forward, 0, sum(tokens), sum(tokens), "eager"),
+        StepExecuted(
+            step, at + 1_000_000, forward + 900_000, at + 1_500_000, forward, 0, sum(tokens),
+            sum(tokens), "eager",
+        ),
         StepSampled(step, at + forward + 2_000_000, 300_000, 0),
         StepUpdated(step, at + forward + 2_500_000, 700_000, [1] * len(tables)),
     ]  # fmt: skip

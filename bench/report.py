@@ -117,7 +117,8 @@ def write(folder: Path) -> list[dict[str, Any]]:
     facts = about() | {"command": "python -m bench.report"}
     rows = measure()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps({"schema": 1, "about": facts, "rows": rows}, indent=1) + "\n")  # fmt: skip
+    document = {"schema": 1, "about": facts, "rows": rows}
+    (folder / "report.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(rows, facts))
     return rows
 

@@ -1,18 +1,21 @@
 """The report in a real Chromium: what it shows equals ``show --json``, and it can be used."""
 
+import importlib.util
 import json
 import re
 
 import pytest
 from helpers import run_cli
-from recorded import written
+from recorded import admitted, arrived, engine, step, updated, written
 
 from report.conftest import GOLD
 from report.test_report import HOSTILE, hostile, secret
 from vllm_trace import report, show
-from vllm_trace.events import to_dict
+from vllm_trace.events import BlocksFreed, BlocksTaken, KVGroup, SlotsAllocated, to_dict
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import TraceWriter
+
+ROOT = GOLD.parent.parent
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -45,10 +48,10 @@ def test_blocks_are_those_of_show(name, steps, gold, browse):
     columns = {column["step"]: column for column in shown(name, "blocks")["columns"]}
     names = {life["request"]: life["name"] for life in shown(name, "requests")["requests"]}
     seen = browse(gold(name))
-    for step in steps:
-        column = columns[step]
-        seen.set_step(step - 1)
-        assert step == seen.step
+    for number in steps:
+        column = columns[number]
+        seen.set_step(number - 1)
+        assert number == seen.step
         owners = column["owners"]
         for block in range(1, len(owners)):
             if len(owners) > 100 and block > 40 and block % 7:
@@ -100,8 +103,8 @@ def test_tables_at_the_sliders_step_are_those_of_the_trace(name, steps, gold, br
         if event.kind == "step.scheduled":
             tables[event.step] = {r: [list(row) for row in t] for r, t in state.tables.items()}
     seen = browse(gold(name), "#requests")
-    for step in steps:
-        seen.set_step(step - 1)
+    for number in steps:
+        seen.set_step(number - 1)
         for request in (0, 2):
             seen.go(f"#requests?request={request}")
             cells = seen.page.locator("#table-box .map button")
@@ -109,7 +112,7 @@ def test_tables_at_the_sliders_step_are_those_of_the_trace(name, steps, gold, br
                 tuple(int(cell.get_attribute(f"data-{name}")) for name in ("place", "block"))
                 for cell in cells.all()
             ]
-            assert list(enumerate(tables[step].get(request, [[]])[0])) == told
+            assert list(enumerate(tables[number].get(request, [[]])[0])) == told
             assert [b.split("→")[1].strip() for b in cells.all_inner_texts()] == [
                 str(b) for _, b in told
             ]
@@ -525,9 +528,55 @@ def test_a_truncated_trace_is_marked_at_the_top(tmp_path, browse):
     assert "not judged" in seen.text("#replay-table")
 
 
-def test_a_trace_without_a_step_and_one_of_level_light(tmp_path, browse):
-    from recorded import arrived, engine, step, updated
+def test_a_busy_server_is_no_longer_list_of_nodes(tmp_path, browse):
+    """200 requests in each of 2,000 steps: the page stays small, and every figure answers."""
+    path = ROOT / "bench" / "large.py"
+    spec = importlib.util.spec_from_file_location("large", path)
+    large = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(large)
+    trace = large.write(tmp_path / "large")
+    columns = {
+        column.step: column.owners
+        for column in show.pool_columns(
+            read_trace(trace), show.Filter(first_step=1201, last_step=1201)
+        )
+    }
+    seen = browse(saved(trace, tmp_path, replay=False, check=False))
+    seen.set_step(1200)
+    for block in (1, 800, 7000, 12_999):
+        owner = columns[1201][block]
+        told = seen.block(block)["owner"]
+        assert told.startswith(f"cmpl-00000…{owner:09x}-0 (" if owner >= 0 else "none: free")
+    for name in ("pool", "requests", "timeline", "prefix", "kernels", "checks"):
+        seen.go(f"#{name}")
+        assert seen.page.evaluate("document.querySelectorAll('*').length") < 6000, name
+    seen.go("#events?kind=blocks.taken&block=7000")
+    seen.page.locator("#events-body .line").first.wait_for()
+    assert "1 of 65,401 events" == seen.text("#event-count")
+    seen.go("#events?n=65000")
+    seen.page.locator("#event-detail h3").wait_for()
+    assert "Event 65000:" in seen.text("#event-detail")
+    assert seen.page.evaluate("document.querySelectorAll('*').length") < 6000
 
+
+def test_the_null_block_where_a_window_has_passed(tmp_path, browse):
+    events = [
+        engine(groups=[KVGroup("SlidingWindowSpec", 4, ["layers.0"], sliding_window=8)]),
+        arrived(0, "r", 8), *admitted(0, 8, [1, 2], free=6), step(1, [0], [8], new=[0], free=6),
+        updated(1, [[1]]), BlocksFreed([1], [0]), BlocksTaken([3]),
+        SlotsAllocated(0, 1, 0, [[3]], [], 6), step(2, [0], [1], free=6), updated(2, [[1]]),
+    ]  # fmt: skip
+    seen = browse(saved(written(tmp_path / "window", events), tmp_path), "#requests")
+    seen.set_step(1)
+    told = seen.page.locator("#table-box .map button b").all_inner_texts()
+    assert ["null", "2", "3"] == told
+    seen.go("#pool")
+    assert "none: free" == seen.block(1)["owner"]
+    assert "r (place 2)" == seen.block(3)["owner"]
+    assert "the null block" in seen.block(0)["owner"]
+
+
+def test_a_trace_without_a_step_and_one_of_level_light(tmp_path, browse):
     seen = browse(saved(written(tmp_path / "none", [engine()]), tmp_path))
     assert "no step" in seen.text("#problems")
     for name in ("requests", "timeline", "prefix", "kernels", "checks", "events"):

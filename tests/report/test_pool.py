@@ -40,8 +40,9 @@ class Story:
         self.number += 1
         self.changes.take(self.number, event, self.frame)
 
-    def allocate(self, request, share):
-        """A block for each group; with ``share``, another request's blocks are hit first."""
+    def allocate(self, request, share, slide):
+        """A block for each group; with ``share``, another request's blocks are hit first, with
+        ``slide``, the window of that group has passed a block of the request."""
         hits = [[] for _ in range(self.groups)]
         if share is not None and request not in self.tables and share in self.tables:
             hits = [[block for block in row if block][:1] for row in self.tables[share]]
@@ -54,6 +55,11 @@ class Story:
             if any(hits):
                 self.release([b for row in hits for b in row])
             return
+        row = self.tables.get(request, [[]] * self.groups)[slide % self.groups]
+        passed = next((place for place, block in enumerate(row) if block), None)
+        if slide and passed is not None:
+            self.release([row[passed]], again=True)
+            row[passed] = 0
         new = [[self.free.pop(0)] for _ in range(self.groups)]
         for (block,) in new:
             if block in self.cached:
@@ -65,11 +71,12 @@ class Story:
             row += hit + more
         self.tell(SlotsAllocated(request, 1, 0, new, hits, len(self.free)))
 
-    def release(self, blocks):
+    def release(self, blocks, again=False):
+        """``again``: to be taken next, as vLLM does with blocks that are not cached."""
         for block in blocks:
             self.ref[block] -= 1
             if not self.ref[block]:
-                self.free.append(block)
+                self.free.insert(0 if again else len(self.free), block)
         self.tell(BlocksFreed(blocks, [self.ref[block] for block in blocks]))
 
     def cache(self, request):
@@ -90,7 +97,7 @@ class Story:
 REQUESTS = st.integers(0, 4)
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("allocate"), REQUESTS, st.none() | REQUESTS),
+        st.tuples(st.just("allocate"), REQUESTS, st.none() | REQUESTS, st.integers(0, 3)),
         st.tuples(st.just("cache"), REQUESTS),
         st.tuples(st.just("end"), REQUESTS, st.booleans()),
         st.tuples(st.just("frame")),

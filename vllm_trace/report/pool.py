@@ -98,18 +98,21 @@ class PoolChanges:
         if new and request not in self._begun:
             self._num_begun += 1
             self._begun[request] = self._num_begun
+        changes = []
         for group in range(max(len(old), len(new))):
             before = old[group] if group < len(old) else []
             after = new[group] if group < len(new) else []
             first = _first_difference(before, after)
-            if first == len(before) == len(after):
-                continue
-            for block in before[first:]:
-                self._let_go(block, request)
-            for block in after[first:]:
+            if first < max(len(before), len(after)):
+                changes.append([frame, number, group, first, after[first:]])
+                for block in before[first:]:
+                    self._let_go(block, request)
+        # Then only: a block that a sliding window gave back may be in another group's row by now.
+        for _, _, _, _, blocks in changes:
+            for block in blocks:
                 self._hold(number, block, request)
-            changes = self.tables.setdefault(request, [])
-            changes.append([frame, number, group, first, after[first:]])
+        if changes:
+            self.tables.setdefault(request, []).extend(changes)
         if new:
             self._rows[request] = [list(row) for row in new]
         else:

@@ -81,10 +81,15 @@ def test_looks_between_any_two_steps_show_the_pool_of_show_blocks(name, tmp_path
     steps = {step.step: step for step in summary.steps}
     writer = TraceWriter(tmp_path / "main-1.vtrace", trace.header, tail_size=16384)
     follower, batch, looked = live.Follower(tmp_path), [], 0
+    running, outputs = [], {}
     for event in read_trace(GOLD / f"{name}.vtrace").events():
         batch.append(event)
+        if type(event) is StepUpdated:
+            for request, count in zip(running, event.num_output_tokens, strict=True):
+                outputs[request] = outputs.get(request, 0) + count
         if type(event) is not StepScheduled:
             continue
+        running = event.requests
         writer.write(batch)
         batch = []
         follower.look()
@@ -97,6 +102,8 @@ def test_looks_between_any_two_steps_show_the_pool_of_show_blocks(name, tmp_path
         step = steps[event.step]
         assert step.num_prefill_tokens == engine.step.num_prefill_tokens
         assert step.num_preempted == engine.step.num_preempted
+        for life in engine.lives.values():
+            assert outputs.get(life.request, 0) == life.num_output_tokens
         looked += 1
     writer.write(batch)
     writer.close({})

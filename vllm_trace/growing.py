@@ -52,8 +52,9 @@ class GrowingFile(TraceFile):
         yield from self._new_frames()
         if not self.ended:
             for body in self._new_in_tail():
+                batch: list[Event]
                 try:
-                    batch = _decode(body)
+                    batch = [*_decode(body)]
                 except _UNREADABLE as error:
                     raise TraceError(f"{self.path} has an unreadable tail: {error}") from None
                 yield self._whole(batch)

@@ -65,6 +65,8 @@ class Engine:
     """When something was last read, by our clock."""
     _preempted: int = 0
     _left: int = 0
+    _ran: dict[int, list[int]] = field(default_factory=dict)
+    """Who was scheduled in the steps whose results are not in yet."""
 
     def take(self, event: Event) -> None:
         """Take in one event of this process."""
@@ -77,6 +79,7 @@ class Engine:
         elif kind is EngineConfigured:
             self.lives.clear()
             self.steps.clear()
+            self._ran.clear()
         elif kind is RequestArrived:
             self._arrived(event)  # type: ignore[arg-type]
         elif kind is RequestFinished:
@@ -125,9 +128,12 @@ class Engine:
                 step.num_prefill_tokens += count
             else:
                 step.num_decode_tokens += count
+        self._ran[event.step] = event.requests or []
         self.steps[event.step] = step
         if len(self.steps) > KEPT_STEPS:
-            del self.steps[min(self.steps)]
+            oldest = min(self.steps)
+            del self.steps[oldest]
+            self._ran.pop(oldest, None)
         self.num_steps += 1
 
     def _updated(self, event: StepUpdated) -> None:
@@ -136,6 +142,9 @@ class Engine:
             return
         step.postprocess_ns, step.num_left, self._left = event.dur_ns, self._left, 0
         given = event.num_output_tokens
+        for request, count in zip(self._ran.pop(event.step, ()), given or (), strict=False):
+            if request in self.lives:
+                self.lives[request].num_output_tokens += count
         made = step.num_requests if given is None else sum(given)
         self.rate.append((step.started_ns, made))
         while self.rate and self.rate[0][0] < step.started_ns - WINDOW * 1e9:
@@ -353,12 +362,13 @@ def _engine_view(
         used = len(lines) + 2
         rest = max(4, room - used - 4)
         recent = [engine.steps[number] for number in sorted(engine.steps)][-max(2, rest // 2) :]
-        lines += [Text(), render.steps(recent)]
+        lines += [Text(), render.steps(recent, len(recent))]
         running = [life for life in engine.lives.values() if life.num_steps]
         for life in running:
             life.table = engine.state.tables.get(life.request, [])
         if running:
-            lines.append(render.requests(running[-max(2, rest - rest // 2) :]))
+            shown = running[-max(2, rest - rest // 2) :]
+            lines.append(render.requests(shown, len(shown)))
     return lines
 
 

@@ -51,7 +51,7 @@ class Frames:
         """Scheduled in the frame, in order; 0 for the same as in the frame before."""
         self.num_tokens: list[list[int] | int] = []
         """Likewise; 0 for one each."""
-        self.preempted: list[list[int]] = []
+        self.preempted: list[list[list[int]]] = []
         """``[event, request, tokens lost]`` of each preemption before the frame."""
         self.stages: dict[str, list[list[int] | None]] = {name: [] for name in STAGES}
         """``[event, began, ns]`` of each frame, the slowest worker's."""

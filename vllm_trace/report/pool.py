@@ -98,7 +98,7 @@ class PoolChanges:
         if new and request not in self._begun:
             self._num_begun += 1
             self._begun[request] = self._num_begun
-        changes = []
+        changes: list[list[Any]] = []
         for group in range(max(len(old), len(new))):
             before = old[group] if group < len(old) else []
             after = new[group] if group < len(new) else []

@@ -11,7 +11,7 @@ VTRACE_CACHE   ?= $(HOME)/.cache/vllm-trace
 VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
 export VTRACE_CACHE
 
-.PHONY: help env demo test lint types bench clean
+.PHONY: help env demo test browser lint types bench pictures clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hell
 
 # pytest last: its closing line is the verdict. T= narrows it: make test T="tests/mini -k free"
 test: export VLLM_CACHE_ROOT := $(VLLM_CACHE_ROOT)
-test: lint  ## style, then all tests
+test: lint browser  ## style, then all tests
 	@.venv/bin/pytest $(T)
+
+browser:  # a Chromium for the tests of the report, where one can be had
+	@.ci/browser
 
 lint: env  ## style: ruff's rules and layout, and that every package is in the wheel
 	@.venv/bin/ruff check --quiet .
@@ -37,6 +40,9 @@ types: env  ## types (not yet a part of `make test`)
 
 bench: env  ## what tracing costs: on/off pairs, other tracers beside it
 	@$(PY) -m bench
+
+pictures: env browser  ## make the README's pictures anew
+	@$(PY) docs/pictures.py
 
 clean:  ## remove what make made here (the shared environment stays in VTRACE_CACHE)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

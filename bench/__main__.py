@@ -1,7 +1,7 @@
-"""What tracing costs, and how fast the oracle is: ``python -m bench [--quick] [--json] [--only PART] [-o FOLDER]``.
+"""What tracing costs and what its readers take: ``python -m bench [--quick] [--json] [--only PART] [-o FOLDER]``.
 
-Prints tables and writes ``capture``, ``oracle`` and ``export_tables``, each as ``.md`` and ``.json``. Nothing here passes or
-fails: the figures stand beside their targets and beside the noise of the machine.
+Prints tables and writes each part as ``.md`` and ``.json``. Nothing here passes or fails: the figures
+stand beside their targets and beside the noise of the machine.
 """
 
 from __future__ import annotations
@@ -293,10 +293,19 @@ def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def measure_report(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
+    """The HTML report's size and how soon it can be used: ``report.md`` and ``report.json``."""
+    from bench import report
+
+    with tell.status("the report in Chromium"):
+        return {"figures": report.write(asked.output)}
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]] = {
     "oracle": measure_oracle,
     "capture": measure_capture,
     "exports": measure_exports,
+    "report": measure_report,
 }
 
 if __name__ == "__main__":

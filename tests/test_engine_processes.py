@@ -211,12 +211,20 @@ def test_a_server_with_200_clients_until_ctrl_c(servers):
     import aiohttp
 
     server = servers[0]
+    following: list[subprocess.Popen[str]] = []
 
     async def clients() -> list[tuple[str, int, int]]:
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)
         ) as session:
             await server.ready(session)
+            following.append(
+                subprocess.Popen(
+                    command("show", server.folder / "made", "--follow", "--json"),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
             return await asyncio.gather(
                 *(
                     server.complete(session, f"{i}: what is " + "paging " * (i % 7), 8 + i % 20)
@@ -249,6 +257,29 @@ def test_a_server_with_200_clients_until_ctrl_c(servers):
     assert list(range(1, len(numbered) + 1)) == numbered
     assert max(step.num_running for step in summary.steps) > 20  # they were there together
     assert 0 == summary.facts()["blocks_in_use_at_end"]
+    assert_was_followed(following[0], summary)
+
+
+def assert_was_followed(process: subprocess.Popen[str], summary: Summary) -> None:
+    """``show --follow`` saw it run: a rate, owners of blocks, and at the end every event once."""
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    looks = [json.loads(line) for line in out.splitlines()]
+    assert 0 == process.returncode
+    busy = [
+        look["engines"][0] for look in looks if look["engines"] and look["engines"][0]["running"]
+    ]
+    assert busy, "no look fell into the time in which requests ran"
+    assert any(engine["steps_per_s"] > 1 and engine["tokens_per_s"] > 1 for engine in busy)
+    for engine in busy:
+        held = sum(owner not in (-2, -1) for owner in engine["owners"])
+        assert engine["blocks"] - engine["free_blocks"] == held > 0
+    last = looks[-1]
+    assert (summary.num_events, True, "") == (last["events"], last["ended"], last["problem"])
+    (engine,) = last["engines"]
+    assert (NUM_CLIENTS, 0, engine["blocks"]) == (
+        engine["finished"], engine["running"], engine["free_blocks"],
+    )  # fmt: skip
 
 
 def test_a_server_that_is_terminated_under_load(servers):

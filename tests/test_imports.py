@@ -43,9 +43,21 @@ ROOMS = {
     "replay": (["divergence", "errors", "events", "mini", "trace", "tracefile"], []),
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
+    "growing": (["errors", "events", "trace", "tracefile"], ["zstandard"]),
+    "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
     "export": (
-        ["__init__", "errors", "events", "explain", "options", "state", "trace", "tracefile"],
+        [
+            "__init__",
+            "errors",
+            "events",
+            "explain",
+            "growing",
+            "options",
+            "state",
+            "trace",
+            "tracefile",
+        ],
         [
             "duckdb",
             "google",
@@ -78,7 +90,20 @@ ROOMS = {
     "memory": (["errors", "plotting", "render", "runner", "summary", "trace"], ["rich"]),
     "pictures": (["benchmark", "errors", "events", "memory", "plotting", "state", "trace"], []),
     "plotting": (["errors"], []),
-    "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
+    "report": (
+        [
+            "__init__",
+            "errors",
+            "events",
+            "invariants",
+            "render",
+            "replay",
+            "state",
+            "summary",
+            "trace",
+        ],
+        ["jinja2", "msgspec"],
+    ),
 }
 #: May import every room: nobody imports them.
 TOPS = {"cli"}

@@ -1,18 +1,13 @@
 """A trace in the terminal: views, filters, the map of the pool, and a file that grows."""
 
-import io
 import json
-import threading
-import time
 
 import pytest
 from helpers import configured, run_cli, write_trace
-from rich.console import Console
 
 from vllm_trace import render, show
 from vllm_trace.errors import UsageError
 from vllm_trace.events import (
-    SCHEMA_VERSION,
     BlocksCached,
     BlocksFreed,
     BlocksTaken,
@@ -29,7 +24,6 @@ from vllm_trace.events import (
 )
 from vllm_trace.show import Filter
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
 
 
 def arrived(request, name):
@@ -287,41 +281,3 @@ def test_all_rows_of_a_table(tmp_path):
     assert [*range(1, 101)] == steps_in(
         run_cli("show", tmp_path, "steps", "--all", cwd=tmp_path).stdout
     )
-
-
-# Following --------------------------------------------------------------------------------
-
-
-def test_follow_shows_a_file_that_grows(tmp_path):
-    """The first look finds nothing, the next ones what a writer has added by then."""
-    (tmp_path / "trace").mkdir()
-    console = Console(file=io.StringIO(), width=80, force_terminal=True)
-
-    def grow():
-        time.sleep(0.3)
-        header = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1, "host": "here"}
-        writer = TraceWriter(tmp_path / "trace/main-1.vtrace", header)
-        writer.write([configured(), arrived(0, "a"), SlotsAllocated(0, 40, 0, [[1, 2]], [], 6)])
-        for number in range(1, 41):
-            writer.write([scheduled(number, [0], [1], 6), updated(number)])
-            time.sleep(0.02)
-        writer.close({"dropped": 0, "failures": {}})
-
-    writer = threading.Thread(target=grow)
-    writer.start()
-    show.follow(tmp_path, console, seconds=2, every=0.1)
-    writer.join()
-    told = console.file.getvalue()
-    assert "waiting: " in told
-    assert "step 40 " in told
-    assert any(f"step {number} " in told for number in range(1, 40))  # seen while it was written
-    assert "] 6 of 8 free" in told
-
-
-def test_follow_when_piped_prints_the_last_state(tmp_path):
-    write_trace(tmp_path / "trace", "main", 1, [STORY])
-    done = run_cli("show", ".", "--follow", "--seconds", "0.2", cwd=tmp_path)
-    assert (0, "") == (done.returncode, done.stderr)
-    assert 1 == done.stdout.count("step 4 ")
-    assert "blocks [" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80

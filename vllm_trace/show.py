@@ -1,16 +1,13 @@
-"""``show``: a trace as tables in the terminal, whole, filtered, or growing."""
+"""``show``: a trace as tables in the terminal, whole or filtered; ``live`` shows a growing one."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from vllm_trace import render
@@ -18,7 +15,7 @@ from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import KINDS, StepScheduled, StepUpdated, to_dict
 from vllm_trace.state import KVState
 from vllm_trace.summary import Summary
-from vllm_trace.trace import REQUEST_LISTS, Record, Trace, read_trace
+from vllm_trace.trace import REQUEST_LISTS, Record, Trace
 
 OPEN = 1 << 62
 """A last step that no trace reaches."""
@@ -207,6 +204,18 @@ def _brief(value: Any) -> str:
     return str(value)
 
 
+def printer(trace: Trace, wanted: Filter, out: Callable[[str], None], as_json: bool) -> None:
+    """Print raw events, one a line."""
+    import msgspec
+
+    for record in select_events(trace, wanted):
+        if as_json:
+            line = {"event": record.number, "process": record.process} | to_dict(record.event)
+            out(msgspec.json.encode(line).decode())
+        else:
+            out(describe(trace, record))
+
+
 # The pool over time ---------------------------------------------------------------------
 
 
@@ -287,20 +296,21 @@ def pool_map(trace: Trace, wanted: Filter, width: int = 64) -> RenderableType:
         lines.append(Text(text, style="dim"))
     for first in range(1, used + 1, rows_per_line):
         last = min(used, first + rows_per_line - 1)
-        line = Text(f"{_span(first, last):>9} ")
+        line = Text(f"{span_of(first, last):>9} ")
         for column in shown:
             line.append(*_cell(column, first, last, named))
         lines.append(line)
     if used < size - 1:
         lines.append(
-            Text(f"{_span(used + 1, size - 1):>9} free in all of these steps", style="dim")
+            Text(f"{span_of(used + 1, size - 1):>9} free in all of these steps", style="dim")
         )
     owners = sorted({o for column in shown for o in column.owners if o >= 0})
     owners = [owner for owner in owners if not named or owner in named]
-    return Group(*lines, Text(), _legend(trace.names, owners))
+    return Group(*lines, Text(), legend(trace.names, owners))
 
 
-def _span(first: int, last: int) -> str:
+def span_of(first: int, last: int) -> str:
+    """``7`` or ``7–9``."""
     return f"{first}" if first == last else f"{first}–{last}"
 
 
@@ -308,7 +318,7 @@ def _many(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
-def _legend(names: Mapping[int, str], owners: list[int], limit: int = 20) -> RenderableType:
+def legend(names: Mapping[int, str], owners: list[int], limit: int = 20) -> RenderableType:
     """Letters with names; a line is broken between two of them only."""
     lines = [Text()]
     for owner in owners[:limit]:
@@ -331,67 +341,17 @@ def _cell(column: Column, first: int, last: int, named: set[int]) -> tuple[str, 
     owner, _ = what.most_common(1)[0] if what else (FREE, 0)
     if named and (mine := named.intersection(what)):
         owner = min(mine)
+    if named and owner >= 0 and owner not in named:
+        return "-", "dim"
+    return style_of(owner)
+
+
+def style_of(owner: int) -> tuple[str, str]:
+    """Character and style of a block with that owner, or ``FREE``, ``CACHED``, ``SHARED``."""
     if owner == FREE:
         return " ", ""
     if owner == CACHED:
         return "·", "dim"
     if owner == SHARED:
         return "#", "bold"
-    if named and owner not in named:
-        return "-", "dim"
     return _LETTERS[owner % len(_LETTERS)], _STYLES[owner % len(_STYLES)]
-
-
-# Following ------------------------------------------------------------------------------
-
-
-def follow(path: Path, console: Console, *, seconds: float = 0, every: float = 0.5) -> None:
-    """Show the end of a growing trace until Ctrl-C, or for so many seconds."""
-    began = time.monotonic()
-    with Live(console=console, refresh_per_second=4, transient=False) as live:
-        try:
-            while not seconds or time.monotonic() - began < seconds:
-                read = time.monotonic()
-                live.update(_now(path))
-                # A long trace takes a while to read: no more than a fifth of a core goes into it.
-                time.sleep(max(every, 4 * (time.monotonic() - read)))
-        except KeyboardInterrupt:
-            pass
-        live.update(_now(path))
-
-
-def _now(path: Path) -> RenderableType:
-    from vllm_trace.errors import TraceError
-
-    try:
-        trace = read_trace(path)
-        summary = Summary.of(trace)
-    except TraceError as error:
-        return Text(f"waiting: {error}")
-    recent = summary.steps[-10:]
-    span = (recent[-1].started_ns - recent[0].started_ns) / 1e9 if len(recent) > 1 else 0
-    rate = f"{(len(recent) - 1) / span:.1f} steps/s" if span else ""
-    running = [life for life in summary.requests if not life.reason and life.num_steps]
-    total = max(1, summary.engine.get("num_blocks", 1) - 1)
-    free = recent[-1].num_free_blocks if recent else total
-    bar = "█" * round(24 * (total - free) / total)
-    return Group(
-        Text(
-            f"step {recent[-1].step if recent else 0}  {rate}  "
-            f"blocks [{bar:<24}] {free} of {total} free"
-        ),
-        render.steps(recent),
-        render.requests(running[-10:]),
-    )
-
-
-def printer(trace: Trace, wanted: Filter, out: Callable[[str], None], as_json: bool) -> None:
-    """Print raw events, one a line."""
-    import msgspec
-
-    for record in select_events(trace, wanted):
-        if as_json:
-            line = {"event": record.number, "process": record.process} | to_dict(record.event)
-            out(msgspec.json.encode(line).decode())
-        else:
-            out(describe(trace, record))

@@ -25,8 +25,8 @@ from vllm_trace.errors import UsageError
 from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, StepScheduled
 from vllm_trace.export import ExportOptions, streaming
 from vllm_trace.export.spans import spans
+from vllm_trace.growing import FollowedTrace, GrowingFile
 from vllm_trace.trace import read_trace
-from vllm_trace.trace_follow import FollowedTrace, GrowingFile
 from vllm_trace.tracefile import SUFFIX, TraceWriter, seal
 
 GOLD = Path(__file__).resolve().parent.parent / "gold"
@@ -85,7 +85,7 @@ class Following(RuleBasedStateMachine):
 
     @rule()
     def poll(self):
-        for batch in self.reader.poll():
+        for batch in self.reader.new_batches():
             self.seen += [event.blocks for event in batch]
 
     @rule()
@@ -128,7 +128,7 @@ def test_a_writer_in_another_thread_is_followed_without_a_gap(tmp_path):
     reader, seen = GrowingFile(path), []
     thread.start()
     while not reader.ended:
-        for batch in reader.poll():
+        for batch in reader.new_batches():
             seen += [event.blocks[0] for event in batch]
     thread.join()
     assert [*range(total)] == seen
@@ -150,7 +150,7 @@ def test_a_killed_process_is_read_to_its_end_and_its_seal(before, after):
                 written.append(len(written))
 
         def read():
-            for batch in reader.poll():
+            for batch in reader.new_batches():
                 seen.extend(event.blocks[0] for event in batch)
 
         written: list[int] = []

@@ -14,11 +14,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_trace import __version__
-from vllm_trace.cli import bench, doctor, export, memory, pictures, record, run, traces
+from vllm_trace.cli import (
+    bench,
+    doctor,
+    export,
+    memory,
+    pictures,
+    record,
+    report,
+    run,
+    traces,
+)
 from vllm_trace.cli.parser import Parser
 from vllm_trace.errors import VllmTraceError
 
-MODULES = (run, record, traces, export, memory, bench, pictures, doctor)
+MODULES = (run, record, traces, report, export, memory, bench, pictures, doctor)
 """In the order of ``--help``."""
 
 

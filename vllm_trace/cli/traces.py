@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,8 +70,7 @@ def _show(arguments: argparse.Namespace) -> int:
         raise unknown("view", arguments.view, show.VIEWS)
     wanted = show.Filter.parse(arguments.request, arguments.step, arguments.kind)
     if arguments.follow:
-        show.follow(arguments.trace, console(), seconds=arguments.seconds)
-        return 0
+        return _follow(arguments, wanted)
     trace = read_trace(arguments.trace)
     if arguments.view == "events":
         show.printer(trace, wanted, print, arguments.json)
@@ -82,6 +82,26 @@ def _show(arguments: argparse.Namespace) -> int:
     for problem in trace.problems if (arguments.view, wanted) != ("summary", show.Filter()) else ():
         print(f"vllm-trace: {problem}", file=sys.stderr)
     return 0
+
+
+def _follow(arguments: argparse.Namespace, wanted: Any) -> int:
+    from vllm_trace import live, show
+
+    if arguments.view not in ("summary", "blocks") or wanted != show.Filter():
+        raise UsageError(
+            "--follow shows the engine as it is now: the pool, the last steps, what runs",
+            hint="Try: show TRACE --follow, show TRACE blocks --follow, or leave --follow out",
+        )
+    if arguments.json:
+        live.follow_json(arguments.trace, _print_line, seconds=arguments.seconds)
+    else:
+        only_map = arguments.view == "blocks"
+        live.follow(arguments.trace, console(), seconds=arguments.seconds, only_map=only_map)
+    return 0
+
+
+def _print_line(document: dict[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
 
 
 def _replay(arguments: argparse.Namespace) -> int:

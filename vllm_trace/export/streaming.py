@@ -21,7 +21,7 @@ from vllm_trace.export import ExportOptions
 from vllm_trace.export.endpoint import endpoint_of
 from vllm_trace.export.otlp import Batcher, new_fold
 from vllm_trace.export.sending import Batch, Delivered, Sender
-from vllm_trace.trace_follow import FollowedTrace
+from vllm_trace.growing import FollowedTrace
 
 MAX_WAITING = 16
 """Batches in memory: 16 MiB and a little."""

@@ -1,14 +1,16 @@
-"""Reading a trace while it is written: each file's new batches, the tail's too, each of them once.
+"""A trace that is still being written, read a little at a time: each look takes in what is new.
 
-The writer is not asked and not waited for. Its rules (see ``tracefile``) are enough: a frame holds
-what stood in the tail of the generation before it, in the same bytes, so what was read from the
-tail is skipped in the frame; and a tail is emptied only after its frame is in the file, so what was
-read is right if no frame has come in the meantime.
+The writer is not asked and not waited for, and no event is read twice, however long the engine runs.
+The writer's rules (see ``tracefile``) are enough: a frame holds what stood in the tail of the generation
+before it, in the same bytes, so what was read from the tail is skipped in the frame; and a tail is
+emptied only after its frame is in the file, so what was read is right if no frame has come in the
+meantime. Files that appear later (a worker that starts after the engine) are found.
 """
 
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,7 @@ class GrowingFile(TraceFile):
         self._tail_path = path.with_name(path.name + TAIL_SUFFIX)
         self.num_bytes = self._begin
         self._tail_at = TAIL.size
+        self.inode = path.stat().st_ino
         self.ended = False
         """The footer was read: nothing comes any more."""
 
@@ -53,15 +56,15 @@ class GrowingFile(TraceFile):
         """Whether somebody may still write to it."""
         return not self.ended and is_running(self.header.get("pid", 0))
 
-    def poll(self) -> Iterator[list[Event]]:
-        """Yield the batches that came since the last poll.
+    def new_batches(self) -> Iterator[list[Event]]:
+        """Yield the batches that came since the last call.
 
         Raises: ``TraceError`` for damage.
         """
         if not self.ended:
             yield from self._new_frames()
         if not self.ended:
-            yield from self._new_batches()
+            yield from self._new_in_tail()
 
     def _new_frames(self) -> Iterator[list[Event]]:
         decompress = zstandard.ZstdDecompressor().decompress
@@ -86,7 +89,7 @@ class GrowingFile(TraceFile):
                 else:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
 
-    def _new_batches(self) -> Iterator[list[Event]]:
+    def _new_in_tail(self) -> Iterator[list[Event]]:
         try:
             with open(self._tail_path, "rb") as file:
                 head = file.read(TAIL.size)
@@ -113,9 +116,58 @@ class GrowingFile(TraceFile):
             try:
                 batch = decode_batch(body)
             except UNREADABLE:
-                return  # not whole yet: it comes again in the next poll, or in the frame
+                return  # not whole yet: it comes again in the next call, or in the frame
             self._tail_at += SIZE.size + len(body)
             yield self._whole(batch)
+
+
+class GrowingTrace:
+    """The files of a run, as many as there are by now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[Path, GrowingFile] = {}
+
+    def new_events(self) -> Iterator[tuple[GrowingFile, Event]]:
+        """What each process has added since the last call, in the order of its file.
+
+        Raises: ``TraceError`` when there is no trace yet, or one is damaged.
+        """
+        self._look()
+        for file in self.files.values():
+            for batch in file.new_batches():
+                for event in batch:
+                    yield file, event
+
+    def _look(self) -> None:
+        """Find files that are new; forget those that are gone or were begun anew."""
+        found = self._paths()
+        for path in list(self.files):
+            if path not in found or os.stat(path).st_ino != self.files[path].inode:
+                del self.files[path]
+        problem: TraceError | None = None
+        for path in found:
+            if path not in self.files:
+                try:
+                    self.files[path] = GrowingFile(path)
+                except TraceError as error:
+                    problem = error  # its header is being written
+        if not self.files:
+            raise problem or TraceError(f"no {SUFFIX} file in {self.path} yet")
+
+    def _paths(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        for folder in (self.path, self.path / "trace"):
+            found = sorted(folder.glob(f"*{SUFFIX}"))
+            if found:
+                return found
+        return []
+
+    @property
+    def ended(self) -> bool:
+        """Every process has closed its file."""
+        return bool(self.files) and all(file.ended for file in self.files.values())
 
 
 class FollowedTrace:
@@ -149,7 +201,7 @@ class FollowedTrace:
         if file.path in self.broken:
             return
         try:
-            yield from file.poll()
+            yield from file.new_batches()
         except (TraceError, OSError) as error:
             self.broken[file.path] = str(error)
 

@@ -1,0 +1,174 @@
+"""A file read while it is written: every event once, in order, whatever the writer is at."""
+
+import os
+import threading
+
+import pytest
+from helpers import configured
+from hypothesis import given
+from hypothesis import strategies as st
+from test_show import STORY, arrived, scheduled, updated
+
+from vllm_trace import growing
+from vllm_trace.errors import TraceError
+from vllm_trace.events import SCHEMA_VERSION, BlocksTaken
+from vllm_trace.growing import GrowingFile, GrowingTrace
+from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile, TraceWriter, seal
+
+HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1 << 30, "host": "here"}
+
+
+def new(file):
+    return [event for batch in file.new_batches() for event in batch]
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.integers(1, 40),  # a batch of so many blocks
+        st.just("flush"),
+        st.just("big"),
+        st.just("look"),
+        st.just("steps"),
+    ),
+    max_size=60,
+)
+
+
+@given(actions=ACTIONS, ends=st.sampled_from(["closed", "killed", "open"]))
+def test_every_event_once_and_in_order(tmp_path_factory, actions, ends):
+    path = tmp_path_factory.mktemp("growing") / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER, tail_size=2048)
+    file, told, number = GrowingFile(path), [], 0
+    for action in actions:
+        if action == "look":
+            told += new(file)
+        elif action == "flush":
+            writer.flush_tail()
+        elif action == "big":
+            writer.write([BlocksTaken(list(range(1000, 2500)))])  # larger than the tail
+        elif action == "steps":
+            number += 1
+            requests = [0] if number == 1 else None  # "as in the last step"
+            writer.write([scheduled(number, requests, requests, 4), updated(number)])
+        else:
+            writer.write([BlocksTaken([block]) for block in range(action)])
+    if ends == "closed":
+        writer.close({})
+    elif ends == "killed":
+        told += new(file)
+        assert seal(path, "killed")
+    told += new(file)
+    told += new(file)
+    assert list(TraceFile(path).events()) == told
+    assert (ends != "open") == file.ended
+    for name in ("_tail", "_file"):
+        getattr(writer, name).close()
+
+
+def test_a_writer_that_is_never_still(tmp_path):
+    """Another thread writes and empties a small tail all the time; nothing is lost or read torn."""
+    path = tmp_path / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER, tail_size=1024)
+    file, told = GrowingFile(path), []
+
+    looks = 0
+
+    def write():
+        number = 0
+        while looks < 50 or writer._num_frames < 10:
+            writer.write([BlocksTaken([number, *range(number % 9)])])
+            number += 1
+        writer.close({})
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    while not file.ended:
+        told += new(file)
+        looks += 1
+    thread.join()
+    assert file.num_frames > 3
+    assert list(range(len(told))) == [event.blocks[0] for event in told]
+
+
+def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
+    """The writer has put it into a frame and is at zeroing it: what was read is half a batch."""
+    path = tmp_path / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER)
+    file = GrowingFile(path)
+    writer.write([BlocksTaken(list(range(20_000)))])
+    size_of = growing.SIZE
+
+    class Emptying:
+        size = size_of.size
+
+        @staticmethod
+        def unpack(head):
+            monkeypatch.setattr(growing, "SIZE", size_of)
+            monkeypatch.setattr(writer, "_begin_tail", zero)
+            writer.flush_tail()
+            return size_of.unpack(head)
+
+    def zero():
+        writer._tail[growing.TAIL.size : writer._used] = bytes(writer._used - growing.TAIL.size)
+
+    monkeypatch.setattr(growing, "SIZE", Emptying)
+    assert [] == new(file)
+    assert [BlocksTaken(list(range(20_000)))] == new(file)
+
+
+def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
+    path = tmp_path / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER)
+    for number in range(3000):
+        writer.write([BlocksTaken(list(range(200)))])
+        if number % 500 == 0:
+            writer.flush_tail()
+    file = GrowingFile(path)
+    assert 3000 == len(new(file))
+    decoded = []
+    monkeypatch.setattr(growing, "_decode", lambda body: decoded.append(len(body)) or [])
+    frames = []
+    monkeypatch.setattr(growing, "_unzip", lambda *args: frames.append(args))
+    assert [] == new(file)
+    writer.write([BlocksTaken([7])])
+    new(file)
+    assert ([], 1) == (frames, len(decoded))  # one batch, and no frame
+    writer.close({})
+
+
+def test_files_that_come_later_and_one_that_is_begun_anew(tmp_path):
+    trace = GrowingTrace(tmp_path)
+    with pytest.raises(TraceError, match=r"no \.vtrace file"):
+        list(trace.new_events())
+    (tmp_path / "trace").mkdir()
+    first = TraceWriter(tmp_path / "trace/engine-1.vtrace", HEADER)
+    first.write(list(STORY[:3]))
+    assert list(STORY[:3]) == [event for _, event in trace.new_events()]
+    second = TraceWriter(tmp_path / "trace/worker-2.vtrace", HEADER | {"role": "worker"})
+    second.write([updated(1)])
+    assert [updated(1)] == [event for _, event in trace.new_events()]
+    first.close({})
+    second.close({})
+    assert [] == list(trace.new_events()) and trace.ended
+    os.rename(tmp_path / "trace/engine-1.vtrace", tmp_path / "old")
+    again = TraceWriter(tmp_path / "trace/engine-1.vtrace", HEADER)
+    again.write([configured(), arrived(0, "x")])
+    assert [configured(), arrived(0, "x")] == [event for _, event in trace.new_events()]
+    assert not trace.ended
+    again.close({})
+
+
+def test_damage_is_an_error_and_no_hang(tmp_path):
+    path = tmp_path / "main-1.vtrace"
+    writer = TraceWriter(path, HEADER)
+    file = GrowingFile(path)
+    writer.write([BlocksTaken([1])])
+    tail = path.with_name(path.name + TAIL_SUFFIX)
+    data = bytearray(tail.read_bytes())
+    data[128 + 4] = 0xC1  # no MessagePack begins like this
+    tail.write_bytes(data)
+    with pytest.raises(TraceError, match="unreadable tail"):
+        new(file)
+    os.truncate(path, 4)
+    with pytest.raises(TraceError):
+        GrowingFile(path)

@@ -96,22 +96,22 @@ def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
     writer = TraceWriter(path, HEADER)
     file = GrowingFile(path)
     writer.write([BlocksTaken(list(range(20_000)))])
-    size_of = growing.SIZE
+    head_of = growing.TAIL
 
     class Emptying:
-        size = size_of.size
+        size = head_of.size
 
         @staticmethod
         def unpack(head):
-            monkeypatch.setattr(growing, "SIZE", size_of)
+            monkeypatch.setattr(growing, "TAIL", head_of)
             monkeypatch.setattr(writer, "_begin_tail", zero)
             writer.flush_tail()
-            return size_of.unpack(head)
+            return head_of.unpack(head)
 
     def zero():
-        writer._tail[growing.TAIL.size : writer._used] = bytes(writer._used - growing.TAIL.size)
+        writer._tail[head_of.size : writer._used] = bytes(writer._used - head_of.size)
 
-    monkeypatch.setattr(growing, "SIZE", Emptying)
+    monkeypatch.setattr(growing, "TAIL", Emptying)
     assert [] == new(file)
     assert [BlocksTaken(list(range(20_000)))] == new(file)
 
@@ -126,9 +126,9 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
     file = GrowingFile(path)
     assert 3000 == len(new(file))
     decoded = []
-    monkeypatch.setattr(growing, "_decode", lambda body: decoded.append(len(body)) or [])
+    monkeypatch.setattr(growing, "decode_batch", lambda body: decoded.append(len(body)) or [])
     frames = []
-    monkeypatch.setattr(growing, "_unzip", lambda *args: frames.append(args))
+    monkeypatch.setattr(growing, "unzip", lambda *args: frames.append(args))
     assert [] == new(file)
     writer.write([BlocksTaken([7])])
     new(file)

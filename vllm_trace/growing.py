@@ -115,8 +115,8 @@ class GrowingFile(TraceFile):
         for body in bodies:
             try:
                 batch = decode_batch(body)
-            except UNREADABLE:
-                return  # not whole yet: it comes again in the next call, or in the frame
+            except UNREADABLE as error:  # its size goes in last: it is whole
+                raise TraceError(f"{self.path} has an unreadable tail: {error}") from None
             self._tail_at += SIZE.size + len(body)
             yield self._whole(batch)
 

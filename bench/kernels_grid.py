@@ -1,6 +1,6 @@
 """The correctness grid: every kernel beside a dense fp32 reference, and beside vLLM's own ops where they are.
 
-``python -m bench.kernels_grid [--quick] [-o FOLDER]`` on a machine with a GPU: writes ``kernels-grid.md`` and ``.json``.
+``python -m bench.kernels_grid [--quick] [-o FOLDER]`` on a machine with a GPU writes ``kernels-grid.md`` and ``.json``.
 With TRITON_INTERPRET=1 on a CPU it runs small shapes (``--quick``). Exit code 1 when something is out of tolerance.
 """
 
@@ -208,8 +208,8 @@ def markdown(facts: dict, found: list[tuple], num_cases: int, failed: list[dict]
         "# Attention kernels beside a dense fp32 reference",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        f"- Cases: {num_cases} batches, each with the lengths 0, 1, block - 1, block, block + 1, 511, 512, 513, 8192 and "
-        "8193 unless --quick; slots that nobody owns hold NaN",
+        f"- Cases: {num_cases} batches, each with the lengths 0, 1, block - 1, block, block + 1, 511, 512, 513, 8192 "
+        "and 8193 unless --quick; slots that nobody owns hold NaN",
         f"- Tolerances (relative norm and largest difference): {tolerances}",
         "",
         "| kernel | dtype | cases | worst relative | worst absolute | out of tolerance |",

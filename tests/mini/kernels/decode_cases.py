@@ -1,4 +1,4 @@
-"""Decode in Triton beside a dense reference. Runs under `test_interpreted.py`, or on a GPU by its path."""
+"""Decode in Triton beside a dense reference. Runs under `test_interpreted.py`, or on a GPU."""
 
 import itertools
 

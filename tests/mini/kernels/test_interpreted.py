@@ -1,4 +1,4 @@
-"""The Triton kernels on a CPU: the interpreter must be chosen before Triton is imported, so in their own process."""
+"""The Triton kernels on a CPU, in processes of their own: the interpreter is chosen before Triton is imported."""
 
 import importlib.util
 import os

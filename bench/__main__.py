@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, files, overhead, start
+from bench import arms, export, files, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,7 @@ def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
             big = files.repeated(made, count, Path(folder) / f"{count}.vtrace")
             figures["reading"].append(files.read(big).to_dict())
             big.unlink()
+    figures["export"] = export.measure(quick, tell)
     if not quick:
         tell("run hello")
         figures["hello"] = start.seconds_of_hello(3)
@@ -162,6 +163,8 @@ def rows_of_rest(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             "the same",
         ),
     ]
+    if "export" in figures:
+        rows += export.rows(figures["export"])
     for name, seconds in imports.items():
         figure = "not there" if seconds is None else f"{seconds:.3f} s"
         rows.append((f"import {name}", figure, "≤ 0.15 s"))

@@ -21,7 +21,7 @@ ROOMS = {
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
     "recorder": (["__init__", "events", "options", "tracefile"], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
-    "sidecar": (["errors"], []),
+    "sidecar": (["errors", "tracefile"], []),
     "patches": (["events", "hooks", "recorder"], []),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),

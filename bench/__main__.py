@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, export_tables, files, oracle, overhead, start
+from bench import arms, export_spans, export_tables, files, oracle, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +137,7 @@ def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
             big = files.repeated(made, count, Path(folder) / f"{count}.vtrace")
             figures["reading"].append(files.read(big).to_dict())
             big.unlink()
+    figures["export"] = export.measure(quick, tell)
     if not quick:
         tell("run hello")
         figures["hello"] = start.seconds_of_hello(3)
@@ -222,6 +223,8 @@ def rows_of_rest(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             "the same",
         ),
     ]
+    if "export" in figures:
+        rows += export.rows(figures["export"])
     for name, seconds in imports.items():
         figure = "not there" if seconds is None else f"{seconds:.3f} s"
         rows.append((f"import {name}", figure, "≤ 0.15 s"))
@@ -297,6 +300,19 @@ def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def measure_spans(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
+    """Spans, from a file and while an engine runs: ``export_spans.md`` and ``export_spans.json``."""
+    with tell.status("measuring") as status:
+        figures = {"schema": 1, "about": about()} | export_spans.measure(asked.quick, status.update)
+    heads, rows = ("what", "figure", "target"), export_spans.rows(figures)
+    lines = ["# What spans take", "", *head_of(figures["about"]), "", *_markdown_table(heads, rows)]
+    (asked.output / "export_spans.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (asked.output / "export_spans.md").write_text("\n".join([*lines, ""]))
+    if not asked.json:
+        show_table(heads, rows, "Spans")
+    return figures
+
+
 def measure_report(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """The HTML report's size and how soon it can be used: ``report.md`` and ``report.json``."""
     from bench import report
@@ -309,6 +325,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Console], dict[str, Any]]] = {
     "oracle": measure_oracle,
     "capture": measure_capture,
     "exports": measure_exports,
+    "spans": measure_spans,
     "report": measure_report,
 }
 

@@ -22,7 +22,7 @@ ROOMS = {
     "tracefile": (["errors", "events", "packing"], ["msgspec", "zstandard"]),
     "recorder": (["__init__", "events", "options", "packing", "tracefile"], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
-    "sidecar": (["errors"], []),
+    "sidecar": (["errors", "tracefile"], []),
     "patches": (["events", "hooks", "packing", "recorder"], []),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.errors import UsageError
+from vllm_trace.tracefile import is_running
 
 WAIT = 90.0
 """Seconds for its last words: above its own patience and an exporter's time-out."""
@@ -106,19 +107,35 @@ def start_alone(folder: Path, url: str) -> bool:
 
     Returns whether it was started: another process of the run may have done it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK
+    if _is_stale(lock):
+        lock.unlink(missing_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(folder / LOCK, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        number = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
-    subprocess.Popen(
-        _command(folder, url),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=_own_stderr(),
-        start_new_session=True,
-    )
+    with os.fdopen(number, "w") as file:
+        process = subprocess.Popen(
+            _command(folder, url),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=_own_stderr(),
+            start_new_session=True,
+        )
+        file.write(str(process.pid))
     return True
+
+
+def _is_stale(lock: Path) -> bool:
+    """Whether the sidecar that it names is gone: of an earlier run into the same folder."""
+    try:
+        pid = lock.read_text()
+        if pid:
+            return not is_running(int(pid))
+        return time.time() - lock.stat().st_mtime > 10  # it is being made, or its maker died
+    except (OSError, ValueError):
+        return False
 
 
 def _command(folder: Path, url: str) -> list[str]:

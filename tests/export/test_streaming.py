@@ -426,10 +426,21 @@ def test_only_spans_can_be_followed(tmp_path):
 
 def test_one_sidecar_is_started_for_a_run_of_many_processes(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(args))
+
+    class Started:
+        def __init__(self, *args, **more):
+            started.append(args)
+            self.pid = os.getpid() if len(started) < 2 else 7
+
+    gone = subprocess_that_ended()
+    monkeypatch.setattr(subprocess, "Popen", Started)
     assert sidecar.start_alone(tmp_path / "t", "http://127.0.0.1:4317")
     assert not sidecar.start_alone(tmp_path / "t", "http://127.0.0.1:4317")
     assert 1 == len(started)
+    # The next run into the same folder: that sidecar is gone.
+    (tmp_path / "t" / sidecar.LOCK).write_text(str(gone))
+    assert sidecar.start_alone(tmp_path / "t", "http://127.0.0.1:4317")
+    assert 2 == len(started)
 
 
 def test_the_streams_last_words_are_json(tmp_path):

@@ -12,7 +12,7 @@ from vllm_trace import __version__
 from vllm_trace.export import Exported, ExportOptions, _write, exporter, wire
 from vllm_trace.export.endpoint import endpoint_of, is_url, sampler_of
 from vllm_trace.export.span import Resource, Span
-from vllm_trace.export.spans import SpanFold, spans
+from vllm_trace.export.spans import SpanFold, finished
 from vllm_trace.trace import Trace
 
 SCOPE = ("vllm_trace", __version__)
@@ -35,17 +35,23 @@ class Batcher:
         self._spans: dict[int, tuple[Resource, list[bytes]]] = {}
         self._extra = resource_from(environ)
 
-    def add(self, span: Span) -> bool:
-        """Take a span in. True when the batch is full."""
-        made = wire.span(span)
-        resource = span.resource
-        entry = self._spans.get(id(resource))
-        if entry is None:
-            entry = self._spans[id(resource)] = (resource, [])
-        entry[1].append(made)
-        self.num_spans += 1
-        self._size += len(made)
-        return self.num_spans >= MAX_SPANS or self._size >= MAX_BYTES
+    def extend(self, found: list[Span]) -> Iterator[tuple[bytes, int]]:
+        """Take spans in; yields each batch that gets full: (bytes, number of spans)."""
+        encode, last = wire.span, None
+        pieces: list[bytes] = []
+        for span in found:
+            resource = span.resource
+            if resource is not last:
+                last = resource
+                entry = self._spans.setdefault(id(resource), (resource, []))
+                pieces = entry[1]
+            made = encode(span)
+            pieces.append(made)
+            self.num_spans += 1
+            self._size += len(made)
+            if self.num_spans >= MAX_SPANS or self._size >= MAX_BYTES:
+                last = None
+                yield self.take()
 
     def take(self) -> tuple[bytes, int]:
         """(bytes, number of spans) of the batch; a new one begins."""
@@ -70,11 +76,9 @@ def resource_from(environ: Mapping[str, str]) -> dict[str, Any]:
 def encoded(trace: Trace, fold: SpanFold) -> Iterator[tuple[bytes, int]]:
     """The trace's spans as export requests: (bytes, number of spans)."""
     batcher = Batcher()
-    add = batcher.add
     with fewer_collections():
-        for span in spans(trace, fold):
-            if add(span):
-                yield batcher.take()
+        for found in finished(trace, fold):
+            yield from batcher.extend(found)
         if batcher.num_spans:
             yield batcher.take()
 

@@ -7,6 +7,7 @@ than the pool has blocks, and of the last ``REMEMBERED`` that were lost.
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from vllm_trace.events import (
@@ -22,7 +23,7 @@ REMEMBERED = 200_000
 """Lost hashes that are still understood."""
 
 Lost = list[Any]
-"""[cause, block, request that took the block or -1] of a hash that is not in the cache any more."""
+"""[cause, request that took the block or -1]: what the hashes lost in one call have in common."""
 
 
 class PrefixHistory:
@@ -39,10 +40,11 @@ class PrefixHistory:
         self.of_block: dict[int, list[int]] = {}
         """Block → its keys."""
         self.lost: dict[int, Lost] = {}
-        """The oldest first."""
+        """The one first lost comes first, and is the first to be forgotten."""
         self.hashes: dict[int, list[int]] = {}
         """Of each unfinished request, in order."""
-        self._evicted: list[Lost] = []
+        self._story: Lost = ["evicted", -1]
+        self._evicting = False
         self._forgot = False
 
     def configured(self, event: EngineConfigured) -> None:
@@ -76,9 +78,10 @@ class PrefixHistory:
 
     def block_evicted(self, event: BlockEvicted) -> None:
         """A block lost its hashes; who takes it is known at the next ``took``."""
-        self._lose(event.block, "evicted", self._evicted)
+        self._evicting = True
+        self._lose(event.block, self._story)
 
-    def _lose(self, block: int, cause: str, evicted: list[Lost]) -> None:
+    def _lose(self, block: int, story: Lost) -> None:
         cached, lost = self.cached, self.lost
         for key in self.of_block.pop(block, ()):
             left = cached[key] - 1
@@ -86,24 +89,25 @@ class PrefixHistory:
                 cached[key] = left
             else:
                 del cached[key]
-            lost.pop(key, None)
-            story = lost[key] = [cause, block, -1]
-            evicted.append(story)
+            lost[key] = story
         if len(lost) > self.remembered:
-            lost.pop(next(iter(lost)))
+            # Many at a time: the first key of a dict is not cheap to find again and again.
+            for key in [*islice(lost, len(lost) - self.remembered * 3 // 4)]:
+                del lost[key]
             self._forgot = True
 
     def took(self, request: int) -> None:
         """``allocate_slots`` returned: what was evicted since the last one was evicted for it."""
-        if self._evicted:
-            for story in self._evicted:
-                story[2] = request
-            self._evicted.clear()
+        if self._evicting:
+            self._story[1] = request
+            self._story = ["evicted", -1]
+            self._evicting = False
 
     def reset(self) -> None:
         """``reset_prefix_cache``: everything was forgotten."""
+        story: Lost = ["reset", -1]
         for block in [*self.of_block]:
-            self._lose(block, "reset", [])
+            self._lose(block, story)
 
     def looked_up(self, event: PrefixLookedUp) -> Miss:
         """Judge one lookup; ``cause`` is a key of ``explain.cache.CAUSES``."""
@@ -149,7 +153,7 @@ class PrefixHistory:
         if known is None:
             miss.cause = "unknown" if self._forgot else "none shared"
         else:
-            miss.cause, miss.block, miss.taker = known
+            miss.cause, miss.taker = known
         miss.group = missing[0] >> 64
         if there:
             miss.cause = "group"

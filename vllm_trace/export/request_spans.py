@@ -263,7 +263,7 @@ class Life:
         new = blocks[0] if len(blocks) == 1 else [b for row in blocks for b in row]
         facts: dict[str, Any] = {
             a.NUM_NEW_BLOCKS: len(new),
-            a.NEW_BLOCKS: new if len(new) <= MAX_IDS else new[:MAX_IDS],
+            a.NEW_BLOCKS: tuple(new[:MAX_IDS]),
             a.FREE_AFTER: event.num_free_blocks,
         }
         if before is not None:
@@ -273,7 +273,7 @@ class Life:
         if event.num_hit_tokens:
             facts[a.NUM_HIT] = event.num_hit_tokens
             hits = [block for row in event.hit_blocks for block in row if block != NULL_BLOCK]
-            facts[a.HIT_BLOCKS] = hits[:MAX_IDS]
+            facts[a.HIT_BLOCKS] = tuple(hits[:MAX_IDS])
         if self.decode_id:
             self.num_new_blocks += len(new)
         self.add("allocate", at_ns, at_ns, facts, self.call_parent(step))
@@ -282,7 +282,7 @@ class Life:
         """Its blocks went back."""
         facts: dict[str, Any] = {
             a.NUM_FREED: len(blocks),
-            a.FREED_BLOCKS: blocks[:MAX_IDS],
+            a.FREED_BLOCKS: tuple(blocks[:MAX_IDS]),
             a.NUM_SHARED: held,
         }
         if before is not None and after is not None:
@@ -454,7 +454,7 @@ class Life:
         if self.arrival is not None:
             facts |= arrival_facts(self.arrival, bool(self.remote))
         if reason:
-            facts[a.FINISH_REASONS] = [reason]
+            facts[a.FINISH_REASONS] = (reason,)
         if reason in FAILED:
             facts[a.ERROR_TYPE] = reason
         if self.num_hit is not None:
@@ -474,6 +474,6 @@ class Life:
         if self.engine.full:
             facts[a.NUM_REFUSALS] = self.num_refusals
         if self.engine.tokens and self.arrival is not None and self.arrival.token_ids is not None:
-            facts[a.PROMPT_TOKEN_IDS] = self.arrival.token_ids
-            facts[a.OUTPUT_TOKEN_IDS] = self.token_ids
+            facts[a.PROMPT_TOKEN_IDS] = tuple(self.arrival.token_ids)
+            facts[a.OUTPUT_TOKEN_IDS] = tuple(self.token_ids)
         return facts | more

@@ -74,7 +74,7 @@ class Ids:
 
     def next(self) -> bytes:
         self.count += 1
-        return self.at(self.count)
+        return ((self.base + self.count * _GOLDEN & _MASK) or 1).to_bytes(8, "big")
 
     def at(self, place: int) -> bytes:
         return ((self.base + place * _GOLDEN & _MASK) or 1).to_bytes(8, "big")

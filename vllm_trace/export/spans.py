@@ -252,14 +252,19 @@ _WORKER = frozenset((StepExecuted, StepSampled, AttentionPlanned, AttentionCalle
 
 def spans(trace: Trace, fold: SpanFold | None = None) -> Iterator[Span]:
     """Every span of a trace, children before their root."""
-    fold = fold or SpanFold()
+    for found in finished(trace, fold or SpanFold()):
+        yield from found
+
+
+def finished(trace: Trace, fold: SpanFold) -> Iterator[list[Span]]:
+    """The same as they are finished, some at a time."""
     processes = [fold.open(file.header) for file in trace.files]
     for index, events in batches(trace.files):
         fold.feed(processes[index], events)
-        if fold.made:
-            yield from fold.take()
+        if len(fold.made) >= 64:
+            yield fold.take()
     fold.end()
-    yield from fold.take()
+    yield fold.take()
 
 
 def batches(files: list[TraceFile]) -> Iterator[tuple[int, list[Event]]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from itertools import islice
-
 from vllm_trace.export.span import SpanEvent
 
 
@@ -15,7 +12,7 @@ class StepLog:
     """
 
     def __init__(self) -> None:
-        self.events: deque[SpanEvent] = deque()
+        self.events: list[SpanEvent] = []
         self.begin = 0
 
     @property
@@ -30,9 +27,10 @@ class StepLog:
         return self.events[place - self.begin] if place >= self.begin else None
 
     def slice(self, begin: int, end: int) -> list[SpanEvent]:
-        return list(islice(self.events, begin - self.begin, end - self.begin))
+        return self.events[begin - self.begin : end - self.begin]
 
     def forget(self, before: int) -> None:
-        while self.begin < before and self.events:
-            self.events.popleft()
-            self.begin += 1
+        count = min(before - self.begin, len(self.events))
+        if count > 0:
+            del self.events[:count]
+            self.begin += count

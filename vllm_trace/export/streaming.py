@@ -154,9 +154,8 @@ def stream(
     news = time.monotonic()
 
     def pass_on(everything: bool = False) -> None:
-        for span in fold.take():
-            if batcher.add(span):
-                pump.put(Batch(*batcher.take()))
+        for full in batcher.extend(fold.take()):
+            pump.put(Batch(*full))
         if everything and batcher.num_spans:
             pump.put(Batch(*batcher.take()))
 

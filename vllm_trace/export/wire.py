@@ -89,21 +89,26 @@ _MAX_KNOWN = 1 << 16
 class _Attributes(dict[tuple[str, Any], bytes]):
     """(name, value) → the whole field of a repeated ``KeyValue``, made once.
 
-    Most values are small numbers and the same few words; a name has values of one type only.
+    Most values are small numbers, the same few words, or one block; a name has values of one type
+    only. Lists are tuples, so that they can be a key.
     """
 
     def __init__(self, tag: int) -> None:
         super().__init__()
         self.tag = tag
-        self.single: dict[tuple[str, Any], bytes] = {}
-        """Lists of one element: the block that a request got."""
+        self.of = self.__getitem__
 
     def __missing__(self, item: tuple[str, Any]) -> bytes:
         key, value = _KEYS[item[0]], item[1]
-        if type(value) is int and len(key) < 110:
+        kind = type(value)
+        if kind is int and len(key) < 110:
             body = number(value)
             size = len(body) + 1
             made = b"%c%c%b\x12%c\x18%b" % (self.tag, len(key) + 2 + size, key, size, body)
+        elif kind is tuple:
+            made = field(self.tag, key + field(0x12, field(0x2A, _list(value))))
+            if len(value) > 1:
+                return made
         else:
             made = field(self.tag, key + field(0x12, any_value(value)))
         if len(self) > _MAX_KNOWN:
@@ -111,31 +116,15 @@ class _Attributes(dict[tuple[str, Any], bytes]):
         self[item] = made
         return made
 
-    def of(self, given: dict[str, Any]) -> list[bytes]:
-        return [
-            self[item] if type(item[1]) is not list else self._list(item) for item in given.items()
-        ]
-
-    def _list(self, item: tuple[str, list[Any]]) -> bytes:
-        name, values = item
-        if len(values) != 1:
-            return field(self.tag, _KEYS[name] + field(0x12, field(0x2A, _list(values))))
-        made = self.single.get((name, values[0]))
-        if made is None:
-            made = field(self.tag, _KEYS[name] + field(0x12, field(0x2A, _list(values))))
-            if len(self.single) > _MAX_KNOWN:
-                self.single.clear()
-            self.single[name, values[0]] = made
-        return made
-
 
 _OF_SPAN, _OF_EVENT, _OF_RESOURCE = _Attributes(0x4A), _Attributes(0x1A), _Attributes(0x0A)
+_span_attribute, _event_attribute = _OF_SPAN.of, _OF_EVENT.of
 
 _ELEMENTS = [field(0x0A, b"\x18" + one) for one in _SMALL]
 """List elements that are small numbers: block ids."""
 
 
-def _list(values: list[Any]) -> bytes:
+def _list(values: Sequence[Any]) -> bytes:
     if values and type(values[0]) is int and min(values) >= 0 and max(values) < len(_ELEMENTS):
         return b"".join([_ELEMENTS[value] for value in values])
     return b"".join([field(0x0A, any_value(value)) for value in values])
@@ -147,7 +136,7 @@ def event(one: SpanEvent) -> bytes:
         [
             _EVENT_TIME.pack(0x09, one.at_ns & _U64),
             field(0x12, one.name.encode()),
-            *_OF_EVENT.of(one.attributes),
+            *map(_event_attribute, one.attributes.items()),
         ]
     )
     made = one.wire = field(0x5A, body)
@@ -186,7 +175,7 @@ def span(one: Span) -> bytes:
             _TRACE_ID, one.trace_id, _SPAN_ID, one.span_id,
             _FLAGS, _HAS_IS_REMOTE | SAMPLED, _START, one.start_ns & _U64, _END, one.end_ns & _U64,
         )  # fmt: skip
-    parts = [head, _NAMES[one.name, one.kind], *_OF_SPAN.of(one.attributes)]
+    parts = [head, _NAMES[one.name, one.kind], *map(_span_attribute, one.attributes.items())]
     if one.events:
         parts += [each.wire or event(each) for each in one.events]
     if one.dropped_events:
@@ -211,7 +200,7 @@ def resource_spans(
     ``extra`` comes over the resource's own attributes. Pieces, because these are the big ones:
     whoever puts them together copies them once.
     """
-    described = field(0x0A, b"".join(_OF_RESOURCE.of(resource.attributes | extra)))
+    described = field(0x0A, b"".join(map(_OF_RESOURCE.of, (resource.attributes | extra).items())))
     name, version = scope
     head = field(0x0A, field(0x0A, name.encode()) + field(0x12, version.encode()))
     inner = len(head) + sum(map(len, spans))

@@ -74,6 +74,12 @@ def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, A
 
 # Streaming --------------------------------------------------------------------------------
 
+STEPS = 1000
+"""Timed ones: long enough for several looks at the files."""
+
+START_S = 2.0
+"""A sidecar is up and waiting after this; an engine takes longer to start."""
+
 
 @contextmanager
 def receiver() -> Iterator[str]:
@@ -120,14 +126,15 @@ def step_us(engine: Any, url: str) -> float:
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
         hooks.attach(Options(dir=folder))
         beside = sidecar.start(Path(folder), url) if url else None
+        time.sleep(START_S if beside is not None else 0)
         try:
             engine.fill()
             for _ in range(overhead.WARM_UP):
                 engine.step()
             began = time.process_time_ns()
-            for _ in range(overhead.STEPS):
+            for _ in range(STEPS):
                 engine.step()
-            return (time.process_time_ns() - began) / overhead.STEPS / 1000
+            return (time.process_time_ns() - began) / STEPS / 1000
         finally:
             hooks.detach()
             if beside is not None:
@@ -178,7 +185,7 @@ def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dic
         tell("spans")
         counts = (50_000, 200_000) if quick else (100_000, 1_000_000)
         found = {"spans": spans(made, counts, Path(folder))}
-    return found | {"streaming": streaming(3 if quick else 20, tell)}
+    return found | {"streaming": streaming(4 if quick else 12, tell)}
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:

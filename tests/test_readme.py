@@ -48,9 +48,9 @@ def test_a_command_is_one_that_the_parser_takes(words):
         assert not parsed.level or parsed.level in options.LEVELS
         assert run.parse_engine_args(parsed.engine_arg) is not None
     if parsed.verb == "show":
-        from vllm_trace.show import VIEWS, Filter
+        from vllm_trace.show import Filter
 
-        assert parsed.view in VIEWS
+        assert parsed.view in options.VIEWS
         Filter.parse(parsed.request, parsed.step, parsed.kind).check(parsed.view)
 
 

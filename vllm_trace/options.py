@@ -11,6 +11,9 @@ from vllm_trace.errors import UsageError, unknown
 
 LEVELS = ("light", "full")
 
+VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
+"""What ``show`` can show; here, so that ``--help`` need not load the views themselves."""
+
 #: Variables that begin with ``VTRACE_`` but are not options of the recorder.
 OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",

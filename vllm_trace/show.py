@@ -20,8 +20,6 @@ from vllm_trace.trace import REQUEST_LISTS, Record, Trace
 OPEN = 1 << 62
 """A last step that no trace reaches."""
 
-VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
-
 
 @dataclass(frozen=True)
 class Filter:

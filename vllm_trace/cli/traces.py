@@ -12,12 +12,11 @@ from typing import Any
 from vllm_trace.cli.parser import AddVerb, trace_argument
 from vllm_trace.cli.printing import console, print_json, print_text
 from vllm_trace.errors import UsageError, unknown
+from vllm_trace.options import VIEWS
 
 
 def add(verb: AddVerb) -> None:
     show = verb("show", _show, "Show a trace in the terminal", "show reports/preempt/latest blocks")
-    from vllm_trace.show import VIEWS
-
     trace_argument(show)
     show.add_argument("view", nargs="?", default="summary", help=", ".join(VIEWS))
     show.add_argument("--request", default="", help="only what concerns this request")
@@ -66,8 +65,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from vllm_trace import show
     from vllm_trace.trace import read_trace
 
-    if arguments.view not in show.VIEWS:
-        raise unknown("view", arguments.view, show.VIEWS)
+    if arguments.view not in VIEWS:
+        raise unknown("view", arguments.view, VIEWS)
     wanted = show.Filter.parse(arguments.request, arguments.step, arguments.kind)
     if arguments.follow:
         return _follow(arguments, wanted)

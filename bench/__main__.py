@@ -137,7 +137,6 @@ def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
             big = files.repeated(made, count, Path(folder) / f"{count}.vtrace")
             figures["reading"].append(files.read(big).to_dict())
             big.unlink()
-    figures["export"] = export.measure(quick, tell)
     if not quick:
         tell("run hello")
         figures["hello"] = start.seconds_of_hello(3)
@@ -223,8 +222,6 @@ def rows_of_rest(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             "the same",
         ),
     ]
-    if "export" in figures:
-        rows += export.rows(figures["export"])
     for name, seconds in imports.items():
         figure = "not there" if seconds is None else f"{seconds:.3f} s"
         rows.append((f"import {name}", figure, "≤ 0.15 s"))
@@ -304,6 +301,7 @@ def measure_spans(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """Spans, from a file and while an engine runs: ``export_spans.md`` and ``export_spans.json``."""
     with tell.status("measuring") as status:
         figures = {"schema": 1, "about": about()} | export_spans.measure(asked.quick, status.update)
+    figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
     heads, rows = ("what", "figure", "target"), export_spans.rows(figures)
     lines = ["# What spans take", "", *head_of(figures["about"]), "", *_markdown_table(heads, rows)]
     (asked.output / "export_spans.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -41,6 +41,10 @@ ROOMS = {
     "replay": (["divergence", "errors", "events", "mini", "trace", "tracefile"], []),
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
+    "learn": (
+        ["errors", "events", "hooks", "mini", "scenarios", "state", "trace", "tracefile"],
+        ["tomli", "tomllib"],
+    ),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
     "export": (["errors", "events", "trace", "tracefile"], ["opentelemetry", "pyarrow", "duckdb"]),
     "report": (["diff", "events", "invariants", "summary", "trace"], ["rich"]),
@@ -54,6 +58,7 @@ LATE = {
     "tables": ["patches"],
     "invariants": ["hooks", "options"],
     "reports": ["runner", "scenario"],
+    "learn": ["matplotlib", "watchfiles"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.
@@ -69,6 +74,8 @@ def room_of(name):
 def sources():
     """(room, path) of every module of the package, wherever it lies."""
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        if path.parent.name == "tasks":  # exercises: the reader's files, never imported here
+            continue
         yield room_of(path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")), path
     for room in ("patches", "scenarios"):
         for path in sorted((ROOT / room).rglob("*.py")):

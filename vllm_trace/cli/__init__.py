@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_trace import __version__
-from vllm_trace.cli import doctor, record, run, traces
+from vllm_trace.cli import doctor, learn, record, run, traces
 from vllm_trace.cli.parser import Parser
 from vllm_trace.errors import VllmTraceError
 
-MODULES = (run, record, traces, doctor)
+MODULES = (run, record, traces, learn, doctor)
 """In the order of ``--help``."""
 
 

@@ -1,0 +1,568 @@
+"""Questions about blocks, tables, the queue and the engine step."""
+
+from __future__ import annotations
+
+import random
+
+from vllm_trace.learn.book import Allocation, Book, StepSeen, cdiv
+from vllm_trace.learn.evidence import longest_request, mixed_step
+from vllm_trace.learn.questions import Question, question
+
+
+def position_of(book: Book, rng: random.Random) -> tuple[StepSeen, int, int]:
+    """(step, request, position) of some token that was computed, not in the first block if it can be."""
+    step = rng.choice([s for s in book.steps if s.mapped] or book.steps)
+    request = rng.choice(list(step.counts))
+    length = step.before[request] + step.counts[request]
+    low = book.block_size if length > book.block_size else 0
+    return step, request, rng.randrange(low, length)
+
+
+# Configuration -----------------------------------------------------------------------------
+
+
+@question
+def usable_blocks(book: Book, rng: random.Random) -> Question:
+    total = book.config.num_blocks
+    return Question(
+        f"The pool has {total} blocks. How many of them can requests get?",
+        str(total - 1),
+        f"{total} less the null block, which has id 0 and is never given out: {total - 1}.",
+        ("One block is set aside when the pool is made.",),
+        wrong={str(total): "one of them is the null block; it stands in tables, nobody owns it"},
+    )
+
+
+@question
+def capacity_tokens(book: Book, rng: random.Random) -> Question:
+    usable, size = book.config.num_blocks - 1, book.block_size
+    return Question(
+        f"How many tokens fit into the cache at most, with blocks of {size}?",
+        str(usable * size),
+        f"{usable} usable blocks x {size} tokens = {usable * size}.",
+        ("Usable blocks, times tokens in a block.",),
+        wrong={str((usable + 1) * size): "you counted the null block, which holds nothing"},
+    )
+
+
+@question
+def block_bytes(book: Book, rng: random.Random) -> Question:
+    size, kv, head, width = book.block_size, book.num_kv_heads, book.head_size, book.element_size
+    one = size * kv * head * width
+    whole = 2 * one * book.num_layers
+    return Question(
+        f"How many bytes is one block, over all {book.num_layers} layers? "
+        f"({size} tokens, {kv} KV heads of {head}, {width} bytes an element)",
+        str(whole),
+        f"2 (K and V) x {size} x {kv} x {head} x {width} x {book.num_layers} layers = {whole}.",
+        ("Both K and V are in it.", "One layer's share is in the evidence; there are more layers."),
+        wrong={
+            str(one * book.num_layers): "K and V are both stored: twice that",
+            str(2 * one): f"that is one layer; there are {book.num_layers}",
+            str(2 * one * book.num_layers // kv * book.num_heads): "it has KV heads, not query heads",
+        },
+    )
+
+
+@question
+def attention_calls(book: Book, rng: random.Random) -> Question:
+    ran = [step for step in book.steps if step.called]
+    chosen = rng.sample(ran, min(len(ran), rng.randrange(2, 5)))
+    count = sum(len(step.called.dur_ns) for step in chosen if step.called)
+    numbers = ", ".join(str(s.number) for s in sorted(chosen, key=lambda s: s.number))
+    return Question(
+        f"How often was the attention kernel called in steps {numbers} together?",
+        str(count),
+        f"Once for each of {book.num_layers} layers in each of {len(chosen)} steps: {count}.",
+        ("A layer calls it once a step, however many requests the step has.",),
+        wrong={
+            str(len(chosen)): "that is once a step; every layer has an attention of its own",
+            str(sum(len(s.counts) for s in chosen) * book.num_layers):
+                "not once for each request: the batch goes through in one call",
+        },
+        look="kernels",
+    )  # fmt: skip
+
+
+@question
+def layer_of_call(book: Book, rng: random.Random) -> Question:
+    count = book.num_layers
+    step = rng.choice([s for s in book.steps if s.called] or book.steps)
+    tokens = step.num_tokens
+    return Question(
+        f"Step {step.number} computed {tokens} tokens. How many K vectors (one for each token, "
+        f"layer and KV head) did it write?",
+        str(tokens * count * book.num_kv_heads),
+        f"{tokens} tokens x {count} layers x {book.num_kv_heads} KV heads ="
+        f" {tokens * count * book.num_kv_heads}.",
+        ("Every layer writes its own.", "Heads here are KV heads."),
+        wrong={
+            str(tokens * book.num_kv_heads): f"that is one layer; there are {count}",
+            str(tokens * count): f"each of {book.num_kv_heads} KV heads has its own",
+            str(tokens * count * book.num_heads): "K has KV heads, not query heads",
+        },
+    )
+
+
+# Blocks ------------------------------------------------------------------------------------
+
+
+@question
+def blocks_needed(book: Book, rng: random.Random) -> Question:
+    size = book.block_size
+    near = rng.choice((0, 1, -1))
+    tokens = max(1, rng.randrange(2, 12) * size + near)
+    need = cdiv(tokens, size)
+    return Question(
+        f"A sequence has {tokens} tokens. How many blocks of {size} does its table have?",
+        str(need),
+        f"{tokens} / {size}, rounded up: {need}. The last block holds {(tokens - 1) % size + 1}.",
+        ("A block that is begun is a whole block.",),
+        wrong={
+            str(tokens // size): "the last, partly filled block counts too",
+            str(need + 1): "a full last block needs no further one until the next token comes",
+            str(tokens): "blocks, not tokens",
+        },
+    )
+
+
+def _allocation(book: Book, rng: random.Random) -> Allocation:
+    return rng.choice([one for one in book.allocations if one.new] or book.allocations)
+
+
+@question
+def free_after(book: Book, rng: random.Random) -> Question:
+    one = _allocation(book, rng)
+    before = one.free + len(one.new)
+    return Question(
+        f"Before event {one.event}, {before} blocks were free. {book.name(one.request)} then got "
+        f"{len(one.new)} new block(s) and {len(one.hits)} by prefix hit, which others were using. "
+        f"How many were free after it?",
+        str(one.free),
+        f"{before} - {len(one.new)} = {one.free}: a block that is in use is shared, not taken.",
+        ("Only what comes from the free queue is gone from it.",),
+        wrong={
+            str(before): "new blocks leave the queue",
+            str(before - len(one.new) - len(one.hits)): "a hit on a block in use takes none",
+        },
+        look=f"events --step {_step_of(book, one)}",
+    ) if _hits_in_use(book, one) else Question(
+        f"Before event {one.event}, {before} blocks were free. {book.name(one.request)} then took "
+        f"{ids_text(one.new)} from the queue. How many were free after it?",
+        str(one.free),
+        f"{before} - {len(one.new)} = {one.free}.",
+        ("Count what it took.",),
+        wrong={str(before): "new blocks leave the queue"},
+        look=f"events --step {_step_of(book, one)}",
+    )  # fmt: skip
+
+
+def _hits_in_use(book: Book, one: Allocation) -> bool:
+    """Whether each of its hits had an owner already, so that the queue did not shrink by them."""
+    last = None
+    for number, event in book.touched:
+        if number < one.event and set(event.blocks) >= set(one.hits):
+            last = event
+    return bool(one.hits) and last is not None and all(count > 1 for count in last.ref_cnts)
+
+
+def ids_text(blocks: list[int]) -> str:
+    return "block " + ", ".join(map(str, blocks)) if len(blocks) < 9 else f"{len(blocks)} blocks"
+
+
+def _step_of(book: Book, one: Allocation) -> int:
+    return next((s.number for s in book.steps if s.event > one.event), book.steps[-1].number)
+
+
+@question
+def next_block(book: Book, rng: random.Random) -> Question:
+    freed = rng.choice([one for one in book.freed if one.queue_after])
+    head = freed.queue_after[0]
+    tail_first = " ".join(map(str, freed.blocks[:8]))
+    unhashed = [b for b, h, c in zip(freed.blocks, freed.hashed, freed.ref_cnts) if not h and not c]
+    reason = (
+        f"{head} has no hash, so nobody can find it again: it goes to the front"
+        if unhashed
+        else "what came back has hashes and went to the end; the head stayed as it was"
+        if freed.queue_before
+        else "all of them have hashes and went to the end, in this order, of an empty queue"
+    )
+    return Question(
+        f"At event {freed.event} blocks {tail_first}{' …' if len(freed.blocks) > 8 else ''} came "
+        f"back. Which block will be handed out next?",
+        str(head),
+        f"Block {head}: {reason}.",
+        (
+            "Blocks come back tail first. Those without a hash go to the front of the queue.",
+            "The evidence has the queue before and after the first free.",
+        ),
+        wrong={
+            str(freed.queue_after[-1]): "that is the other end of the queue: it is taken last",
+            str(freed.blocks[-1]): "it was freed last; the queue is not a stack of everything",
+            str(freed.queue_before[0] if freed.queue_before else -1):
+                "it was the head before; unhashed blocks go in front of it",
+        },
+        look="blocks",
+    )  # fmt: skip
+
+
+@question
+def refusal(book: Book, rng: random.Random) -> Question:
+    size = book.block_size
+    if book.refused:
+        number, event = rng.choice(book.refused)
+        return Question(
+            f"At event {number} allocate_slots for {book.name(event.request)} returned None, with "
+            f"{event.num_free_blocks} blocks free. How many blocks did the request get?",
+            "0",
+            "None means nothing: either all blocks that the tokens need, or none.",
+            ("There is no part of an allocation.",),
+            wrong={str(event.num_free_blocks): "it does not take what is left: all or nothing"},
+            look="events --kind slots",
+        )
+    free = rng.randrange(1, 4)
+    return Question(
+        f"{free} blocks of {size} are free and a waiting request of {size * (free + 1)} tokens asks. "
+        f"How many blocks does it get?",
+        "0",
+        f"It needs {free + 1}: all or nothing.",
+        ("There is no part of an allocation.",),
+        wrong={str(free): "it does not take what is left: all or nothing"},
+    )
+
+
+@question
+def preempted_tokens(book: Book, rng: random.Random) -> Question:
+    if not book.preempted:
+        return blocks_needed(book, rng)
+    number, event = rng.choice(book.preempted)
+    computed = event.num_computed_tokens
+    blocks = cdiv(computed, book.block_size)
+    return Question(
+        f"{book.name(event.request)} was preempted at event {number} with {computed} computed "
+        f"tokens. How many blocks came back to the pool by that?",
+        str(blocks),
+        f"Its whole table: {computed} / {book.block_size} rounded up = {blocks}. "
+        f"V1 never swaps; it computes them again.",
+        ("Everything it held.",),
+        wrong={
+            "1": "not only what somebody else needs: the whole table is given back",
+            str(computed): "blocks, not tokens",
+            str(blocks - 1): "the last block counts, however many tokens are in it",
+        },
+        look="events --kind request.preempted,blocks.freed",
+    )
+
+
+# Tables ------------------------------------------------------------------------------------
+
+
+@question
+def slot_of(book: Book, rng: random.Random) -> Question:
+    step, request, position = position_of(book, rng)
+    size, table = book.block_size, step.tables[request]
+    logical, place = divmod(position, size)
+    slot = table[logical] * size + place
+    return Question(
+        f"The table of {book.name(request)} is {_shown(table, logical)} (blocks of {size}). "
+        f"In which slot is position {position}?",
+        str(slot),
+        f"{position} = {logical} x {size} + {place}; table[{logical}] = {table[logical]}; "
+        f"{table[logical]} x {size} + {place} = {slot}.",
+        (f"Which logical block is position {position} in?", "slot = table[p // size] * size + p % size"),
+        wrong={
+            str(slot + size): "one block too far: logical blocks count from 0",
+            str(slot - size): "one block short: logical blocks count from 0, and so do positions",
+            str(position): "that is the position; the table says where it lies",
+            str(logical * size + place): "you used the logical block as if it were the physical one",
+            str(table[logical]): "that is the block; a slot also says which place in it",
+            str(slot + 1): "off by one: positions and places count from 0",
+            str(slot - 1): "off by one: positions and places count from 0",
+        },
+        look=f"requests --request {book.name(request)}",
+    )  # fmt: skip
+
+
+def _shown(table: list[int], upto: int) -> str:
+    """A table as it can be counted through, shortened around what is asked."""
+    if len(table) <= 18:
+        return "[" + ", ".join(map(str, table)) + "]"
+    low = max(0, upto - 3)
+    some = ", ".join(f"{i}: {table[i]}" for i in range(low, min(len(table), upto + 4)))
+    return f"(logical: physical) {some}, …"
+
+
+@question
+def physical_of(book: Book, rng: random.Random) -> Question:
+    step, request, position = position_of(book, rng)
+    size, table = book.block_size, step.tables[request]
+    logical = position // size
+    return Question(
+        f"In step {step.number} the table of {book.name(request)} is {_shown(table, logical)}. "
+        f"Which physical block holds position {position}?",
+        str(table[logical]),
+        f"{position} // {size} = {logical}, and table[{logical}] = {table[logical]}.",
+        (f"Blocks have {size} tokens, and the first is logical block 0.",),
+        wrong={
+            str(logical): "that is the logical block: look it up in the table",
+            **({str(table[logical - 1]): "one block too early: positions count from 0"} if logical else {}),
+            **(
+                {str(table[logical + 1]): "one block too far: off by one block"}
+                if logical + 1 < len(table)
+                else {}
+            ),
+        },
+        look=f"requests --request {book.name(request)}",
+    )  # fmt: skip
+
+
+@question
+def ref_count(book: Book, rng: random.Random) -> Question:
+    step = max(book.steps, key=lambda s: len(s.tables))
+    owners: dict[int, int] = {}
+    for table in step.tables.values():
+        for block in table:
+            owners[block] = owners.get(block, 0) + 1
+    shared = [b for b, count in owners.items() if count > 1] or list(owners)
+    block = rng.choice(shared)
+    count = owners[block]
+    return Question(
+        f"In step {step.number}, {len(step.tables)} requests run. Block {block} stands in the tables "
+        f"of {'all that begin alike' if count > 1 else 'one'}. What is its reference count?",
+        str(count),
+        f"It is in {count} tables, and each counts once: ref_cnt = {count}.",
+        ("Look at the column on the right of the evidence, or count the tables.",),
+        wrong={
+            "1": "that would be a block of one request",
+            str(count - 1): "the request that computed it counts too",
+            str(len(step.tables) + 1): "nobody but requests counts",
+        },
+        look=f"requests --step {step.number}",
+    ) if count > 1 else physical_of(book, rng)  # fmt: skip
+
+
+@question
+def hit_tokens(book: Book, rng: random.Random) -> Question:
+    size = book.block_size
+    again = {event.request for _, event in book.preempted}
+    hit = [one for one in book.allocations if one.hits and one.request not in again]
+    if hit:
+        one = rng.choice(hit)
+        prompt = book.arrived[one.request].num_prompt_tokens
+        tokens = len(one.hits) * size
+        return Question(
+            f"{book.name(one.request)} has a prompt of {prompt} tokens and hit {len(one.hits)} cached "
+            f"blocks. How many of its prompt tokens were left to compute?",
+            str(prompt - tokens),
+            f"{prompt} - {len(one.hits)} x {size} = {prompt - tokens}.",
+            ("A hit is whole blocks.", f"{len(one.hits)} blocks of {size} need no computing."),
+            wrong={
+                str(tokens): "that is what was hit; asked is the rest",
+                str(prompt): "hits need not be computed again",
+                str(prompt - len(one.hits)): "blocks, not tokens: each saves a block's worth",
+                str(prompt - tokens - size): "one block too many",
+            },
+            look=f"events --request {book.name(one.request)} --kind prefix,slots.allocated",
+        )
+    length = rng.randrange(2, 6) * size
+    return Question(
+        f"A prompt of {length} tokens is in the cache as a whole. How many of them are computed anew?",
+        str(size),
+        f"At most {length} - 1 tokens may be hit, in whole blocks: {length - size}. The last block is "
+        f"computed, because someone must make logits.",
+        ("The last token must go through the model.", "Hits are whole blocks."),
+        wrong={"0": "then there would be no logits", "1": "hits are whole blocks"},
+    )
+
+
+@question
+def shared_saved(book: Book, rng: random.Random) -> Question:
+    step = max(book.steps, key=lambda s: len(s.tables))
+    held = sum(len(table) for table in step.tables.values())
+    real = len({block for table in step.tables.values() for block in table})
+    return Question(
+        f"In step {step.number} the {len(step.tables)} tables have {held} entries, and "
+        f"{real} different blocks stand in them. How many blocks does sharing save?",
+        str(held - real),
+        f"{held} - {real} = {held - real}: without sharing each entry would be a block of its own.",
+        ("What would it be if nobody shared?",),
+        wrong={str(real): "that is what is used; asked is what is not", str(held): "some are the same"},
+    )  # fmt: skip
+
+
+# The engine step ---------------------------------------------------------------------------
+
+
+@question
+def batch_tokens(book: Book, rng: random.Random) -> Question:
+    step = rng.choice([s for s in book.steps if len(s.counts) > 1] or book.steps)
+    parts = ", ".join(f"{book.name(r)} {n}" for r, n in list(step.counts.items())[:8])
+    return Question(
+        f"Step {step.number} schedules {parts} token(s). How long is the flattened batch?",
+        str(step.num_tokens),
+        f"All of them side by side: {' + '.join(str(n) for n in step.counts.values())} = "
+        f"{step.num_tokens}. There is no padding to the longest.",
+        ("Everybody's tokens stand in one row.",),
+        wrong={
+            str(len(step.counts)): "that is the number of requests",
+            str(max(step.counts.values()) * len(step.counts)): "there is no padding to the longest",
+        },
+        look=f"steps --step {step.number}",
+    ) if len(step.counts) <= 8 else _who_decodes(book, step)
+
+
+def _who_decodes(book: Book, step: StepSeen) -> Question:
+    ones = sum(n == 1 for n in step.counts.values())
+    return Question(
+        f"Step {step.number} has {len(step.counts)} requests and {step.num_tokens} tokens; {ones} of "
+        f"them decode, with one token each. How many tokens are of prompts?",
+        str(step.num_tokens - ones),
+        f"{step.num_tokens} - {ones} = {step.num_tokens - ones}.",
+        ("Take the decodes away.",),
+        wrong={str(step.num_tokens): "some of them decode"},
+    )
+
+
+@question
+def whose_token(book: Book, rng: random.Random) -> Question:
+    step = mixed_step(book)
+    token = rng.choice(step.tokens() or [])
+    owners = [book.name(r) for r in step.counts]
+    order, at = [], 0
+    for request, count in zip(step.mapped.requests, step.mapped.query_lens):  # type: ignore[union-attr]
+        order.append(f"{book.name(request)} {count}")
+        at += count
+    return Question(
+        f"The flattened batch of step {step.number} is, in this order: {', '.join(order[:8])} tokens. "
+        f"Whose is token {token.place} (the first is 0)?",
+        book.name(token.request),
+        f"Token {token.place} is position {token.position} of {book.name(token.request)}, "
+        f"in slot {token.slot}.",
+        ("Count through the query lengths.",),
+        choices=tuple(owners),
+        look=f"events --step {step.number} --kind slots.mapped",
+    )
+
+
+@question
+def position_in_batch(book: Book, rng: random.Random) -> Question:
+    step = mixed_step(book)
+    request = rng.choice(list(step.counts))
+    before, count = step.before[request], step.counts[request]
+    return Question(
+        f"{book.name(request)} has {before} tokens in the cache and gets {count} token(s) in step "
+        f"{step.number}. Which position has the last of them (from 0)?",
+        str(before + count - 1),
+        f"{before} + {count} - 1 = {before + count - 1}.",
+        ("Positions count from 0, and those in the cache come first.",),
+        wrong={
+            str(before + count): "off by one: positions count from 0",
+            str(count - 1): "positions are of the sequence, not of the batch",
+        },
+    )
+
+
+@question
+def who_left(book: Book, rng: random.Random) -> Question:
+    last = {r: s for s in book.steps for r in s.counts}
+    request = rng.choice([r for r in last if r in book.finished] or list(last))
+    step = last[request]
+    left = len([r for r, s in last.items() if s.number > step.number and r in step.counts])
+    stay = len(step.counts)
+    done = [r for r in step.counts if last[r].number == step.number]
+    return Question(
+        f"Step {step.number} has {stay} request(s) and is the last step of {len(done)} of them. How "
+        f"many of its requests are in a later step?",
+        str(left),
+        f"{stay} - {len(done)} = {left}. Nobody waits for the others to be done.",
+        ("Who is done leaves at once, the rest goes on.",),
+        wrong={"0": "the others go on without it", str(stay): "who is done is not in the next step"},
+        look=f"steps --step {step.number}",
+    )  # fmt: skip
+
+
+@question
+def wait_for_slowest(book: Book, rng: random.Random) -> Question:
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for i, step in enumerate(book.steps):
+        for request in step.counts:
+            first.setdefault(request, i)
+            last[request] = i
+    static = max(last[r] - first[r] + 1 for r in last)
+    request = rng.choice([r for r in last if last[r] - first[r] + 1 < static] or list(last))
+    own = last[request] - first[request] + 1
+    return Question(
+        f"{book.name(request)} was in the batch from step {book.steps[first[request]].number} to "
+        f"{book.steps[last[request]].number}. With a static batch it would have stayed as long as the "
+        f"longest request, {static} steps. How many steps did it not have to wait?",
+        str(static - own),
+        f"It took {own} steps; {static} - {own} = {static - own}.",
+        ("Both ends count: from 3 to 5 are three steps.",),
+        wrong={
+            str(static - own + 1): "off by one: both ends count",
+            str(own): "that is how long it took",
+        },
+    )
+
+
+@question
+def loop_input(book: Book, rng: random.Random) -> Question:
+    request = longest_request(book)
+    steps = [s for s in book.steps if request in s.counts]
+    index = rng.randrange(1, len(steps))
+    step = steps[index]
+    position = step.before[request]
+    return Question(
+        f"Step {step.number} decodes {book.name(request)}; {position} tokens are in the cache. The K "
+        f"and V of which position are written in this step (positions from 0)?",
+        str(position),
+        f"Positions 0 to {position - 1} are in the cache, so the input is position {position}: the token "
+        f"that the step before put out. Its K and V are written now.",
+        ("The cache has positions from 0.", "The newest token's K and V are not there yet."),
+        wrong={
+            str(position - 1): "that one is in the cache already: off by one",
+            str(position + 1): "that one is this step's output; it has no K and V yet",
+        },
+        look=f"events --step {step.number}",
+    )
+
+
+@question
+def loop_last(book: Book, rng: random.Random) -> Question:
+    request = longest_request(book)
+    prompt = book.arrived[request].num_prompt_tokens
+    done = book.finished.get(request)
+    out = done.num_output_tokens if done else len([s for s in book.steps if request in s.counts])
+    stored = prompt + out - 1
+    return Question(
+        f"{book.name(request)} had {prompt} prompt tokens and {out} came out. K and V of how many "
+        f"tokens are in its blocks at the end?",
+        str(stored),
+        f"{prompt} + {out} - 1 = {stored}: the last token was never an input, so it has none.",
+        ("Which token was never an input?",),
+        wrong={
+            str(prompt + out): "the last token that came out never went in: off by one",
+            str(prompt): "tokens that were generated are in the cache too",
+        },
+    )
+
+
+@question
+def steps_of(book: Book, rng: random.Random) -> Question:
+    request = rng.choice(list(book.finished) or list(book.arrived))
+    count = sum(request in s.counts for s in book.steps)
+    prompt = book.arrived[request].num_prompt_tokens
+    parts = sum(
+        request in s.counts and s.before[request] < prompt for s in book.steps
+    )
+    out = count - parts + 1
+    return Question(
+        f"The prompt of {book.name(request)} was computed in {parts} step(s) and {out} tokens were "
+        f"generated without interruption. In how many steps was it scheduled?",
+        str(count),
+        f"The last step of the prompt makes the first token: {parts} + {out} - 1 = {count}.",
+        ("When does the first token come out?",),
+        wrong={str(parts + out): "the step that ends the prompt makes a token already"},
+        look=f"requests --request {book.name(request)}",
+    ) if not any(e.request == request for _, e in book.preempted) else loop_last(book, rng)  # fmt: skip

@@ -284,7 +284,9 @@ def _passage(reference: Any, tree: Any, whole: bool) -> None:
     show(lesson.about(reference, tree)[1:])
     found = _text_of(reference, tree)
     if found is None:
-        where = "CUDA sources are not part of an installed vLLM" if reference.is_cuda else "no source"
+        where = (
+            "CUDA sources are not part of an installed vLLM" if reference.is_cuda else "no source"
+        )
         print(f"\n({where}: nothing to show)")
         return
     lines, left = lesson.excerpt(found, tree, whole)
@@ -329,12 +331,16 @@ def _run(arguments: argparse.Namespace, progress: Any, words: list[str]) -> int:
     kept = runs.trace_of(progress, one.scenario)
     if kept.own and not arguments.again:
         if arguments.json:
-            print_json({"schema": 1, "scenario": one.scenario, "trace": str(kept.path), "new": False})
+            print_json(
+                {"schema": 1, "scenario": one.scenario, "trace": str(kept.path), "new": False}
+            )
         else:
             print(f"You have a run of {one.scenario!r} already (--again makes another).")
         return 0
     if not runs.has_vllm():
-        print(f"There is no vLLM here: step {one.number} uses the shipped trace of {one.scenario!r}.")
+        print(
+            f"There is no vLLM here: step {one.number} uses the shipped trace of {one.scenario!r}."
+        )
         return 0
     with _Progress(f"running {one.scenario!r} on a real engine"):
         made, seconds, _ = runs.run(progress, one.scenario)
@@ -383,7 +389,7 @@ def _check(arguments: argparse.Namespace, progress: Any, words: list[str]) -> in
         listed = [{"id": q.id, "text": q.text, "choices": q.choices} for q in asked]
         print_json({"schema": 1, "step": one.number, "own": source.own, "questions": listed})
         return 0
-    show([f"# Step {one.number}: {one.title}. Check, on {source.said}"])
+    show([f"# Step {one.number}: {one.title}. Check", f"on {source.said}"])
     if _talks():
         return _converse(progress, one, asked)
     for number, each in enumerate(asked, 1):
@@ -417,7 +423,13 @@ def _judge(arguments: argparse.Namespace, progress: Any, one: Any, asked: Sequen
                 show(lesson.wrap(f"{row['given']}: right. {each.why}", "   ", "   "))
                 continue
             show(lesson.explained(each, row["given"]))
-            show([line for hint in each.hints for line in lesson.wrap(hint, "         ", "   hint: ")])
+            show(
+                [
+                    line
+                    for hint in each.hints
+                    for line in lesson.wrap(hint, "         ", "   hint: ")
+                ]
+            )
             if each.look:
                 print(f"   look: vllm-trace show TRACE {each.look}"[:79])
         left = len(asked) - len(rows)
@@ -456,7 +468,9 @@ def _converse(progress: Any, one: Any, asked: Sequence[Any]) -> int:
             if wrong >= TRIES and hints:
                 show(lesson.wrap(f"hint: {hints.pop(0)}", "   ", "   "))
     if found < len(asked):
-        print(f"\n{found} of {len(asked)}. Other questions wait: vllm-trace learn check {one.number}")
+        print(
+            f"\n{found} of {len(asked)}. Other questions wait: vllm-trace learn check {one.number}"
+        )
         progress.note_attempt(one.name)
         return 1
     _passed(progress, one)
@@ -502,7 +516,9 @@ def _sources(arguments: argparse.Namespace) -> int:
         show(lesson.wrap(f"vLLM {tree.release} is not in the table: found by name."))
     for reference in passages.references():
         show([f"{reference.id:26} {lesson.where_now(reference, tree)}"])
-    lost = [r.id for r in passages.references() if not rows[r.id] and r.fate not in ("removed", "never")]
+    lost = [
+        r.id for r in passages.references() if not rows[r.id] and r.fate not in ("removed", "never")
+    ]
     print(f"\n{sum(bool(at) for at in rows.values())} of {len(rows)} found; "
           + (f"not found: {', '.join(lost)}" if lost else "the others are known to be gone"))  # fmt: skip
     return 0

@@ -23,43 +23,63 @@ def position_of(book: Book, rng: random.Random) -> tuple[StepSeen, int, int]:
 
 @question
 def usable_blocks(book: Book, rng: random.Random) -> Question:
-    total = book.config.num_blocks
+    total, size = book.config.num_blocks, book.block_size
+    need = rng.randrange(1, min(12, total - 1))
+    tokens = need * size - rng.randrange(size)
     return Question(
-        f"The pool has {total} blocks. How many of them can requests get?",
-        str(total - 1),
-        f"{total} less the null block, which has id 0 and is never given out: {total - 1}.",
-        ("One block is set aside when the pool is made.",),
-        wrong={str(total): "one of them is the null block; it stands in tables, nobody owns it"},
+        f"The pool has {total} blocks of {size}. One request runs, with {tokens} tokens. How many blocks "
+        f"are free?",
+        str(total - 1 - need),
+        f"{total} less the null block, which is never given out, less {tokens} / {size} rounded up = "
+        f"{need}: {total - 1 - need}.",
+        (
+            "One block is set aside when the pool is made.",
+            "A block that is begun is a whole block.",
+        ),
+        wrong={
+            str(total - need): "one of them is the null block; it stands in tables, nobody owns it",
+            str(total - 1 - tokens // size): "the last block counts, however few tokens are in it",
+        },
     )
 
 
 @question
 def capacity_tokens(book: Book, rng: random.Random) -> Question:
     usable, size = book.config.num_blocks - 1, book.block_size
+    most = max(1, usable // 2)
+    tokens = rng.randrange(1, most) * size + rng.randrange(1, size) if most > 1 else size
+    each = cdiv(tokens, size)
     return Question(
-        f"How many tokens fit into the cache at most, with blocks of {size}?",
-        str(usable * size),
-        f"{usable} usable blocks x {size} tokens = {usable * size}.",
-        ("Usable blocks, times tokens in a block.",),
-        wrong={str((usable + 1) * size): "you counted the null block, which holds nothing"},
+        f"{usable} blocks of {size} can be given out. How many requests of {tokens} tokens fit at once, if "
+        f"nothing is shared?",
+        str(usable // each),
+        f"Each has {each} blocks: {usable} / {each}, rounded down, is {usable // each}.",
+        ("How many blocks has each of them?", "A request gets all of its blocks or none."),
+        wrong={
+            str(
+                usable * size // tokens
+            ): "tokens of two requests do not share a block: round up first",
+            str(cdiv(usable, each)): "the last one would lack blocks",
+        },
     )
 
 
 @question
 def block_bytes(book: Book, rng: random.Random) -> Question:
     size, kv, head, width = book.block_size, book.num_kv_heads, book.head_size, book.element_size
+    layers = rng.randrange(2, 41)
     one = size * kv * head * width
-    whole = 2 * one * book.num_layers
+    whole = 2 * one * layers
     return Question(
-        f"How many bytes is one block, over all {book.num_layers} layers? "
+        f"A model like this one, but with {layers} layers: how many bytes is one block in all of them? "
         f"({size} tokens, {kv} KV heads of {head}, {width} bytes an element)",
         str(whole),
-        f"2 (K and V) x {size} x {kv} x {head} x {width} x {book.num_layers} layers = {whole}.",
-        ("Both K and V are in it.", "One layer's share is in the evidence; there are more layers."),
+        f"2 (K and V) x {size} x {kv} x {head} x {width} x {layers} layers = {whole}.",
+        ("Both K and V are in it.", f"In one layer it is {2 * one} bytes."),
         wrong={
-            str(one * book.num_layers): "K and V are both stored: twice that",
-            str(2 * one): f"that is one layer; there are {book.num_layers}",
-            str(2 * one * book.num_layers // kv * book.num_heads): "it has KV heads, not query heads",
+            str(one * layers): "K and V are both stored: twice that",
+            str(2 * one): f"that is one layer; there are {layers}",
+            str(whole // kv * book.num_heads): "it has KV heads, not query heads",
         },
     )
 
@@ -86,21 +106,22 @@ def attention_calls(book: Book, rng: random.Random) -> Question:
 
 @question
 def layer_of_call(book: Book, rng: random.Random) -> Question:
-    count = book.num_layers
-    step = rng.choice([s for s in book.steps if s.called] or book.steps)
-    tokens = step.num_tokens
+    layers, kv = book.num_layers, book.num_kv_heads
+    first = rng.randrange(max(1, len(book.steps) - 6))
+    some = book.steps[first : first + rng.randrange(1, 6)]
+    tokens = sum(step.num_tokens for step in some)
     return Question(
-        f"Step {step.number} computed {tokens} tokens. How many K vectors (one for each token, "
-        f"layer and KV head) did it write?",
-        str(tokens * count * book.num_kv_heads),
-        f"{tokens} tokens x {count} layers x {book.num_kv_heads} KV heads ="
-        f" {tokens * count * book.num_kv_heads}.",
-        ("Every layer writes its own.", "Heads here are KV heads."),
+        f"Steps {some[0].number} to {some[-1].number} computed {tokens} token(s). How many K vectors (one "
+        f"for each token, layer and KV head) did they write?",
+        str(tokens * layers * kv),
+        f"{tokens} tokens x {layers} layers x {kv} KV heads = {tokens * layers * kv}.",
+        ("Every layer writes its own.", f"There are {kv} KV heads in each of {layers} layers."),
         wrong={
-            str(tokens * book.num_kv_heads): f"that is one layer; there are {count}",
-            str(tokens * count): f"each of {book.num_kv_heads} KV heads has its own",
-            str(tokens * count * book.num_heads): "K has KV heads, not query heads",
+            str(tokens * kv): f"that is one layer; there are {layers}",
+            str(tokens * layers): f"each of {kv} KV heads has its own",
+            str(tokens * layers * kv * 2): "V is not asked for",
         },
+        look="steps",
     )
 
 
@@ -209,25 +230,33 @@ def next_block(book: Book, rng: random.Random) -> Question:
 @question
 def refusal(book: Book, rng: random.Random) -> Question:
     size = book.block_size
-    if book.refused:
-        number, event = rng.choice(book.refused)
-        return Question(
-            f"At event {number} allocate_slots for {book.name(event.request)} returned None, with "
-            f"{event.num_free_blocks} blocks free. How many blocks did the request get?",
-            "0",
-            "None means nothing: either all blocks that the tokens need, or none.",
-            ("There is no part of an allocation.",),
-            wrong={str(event.num_free_blocks): "it does not take what is left: all or nothing"},
-            look="events --kind slots",
-        )
-    free = rng.randrange(1, 4)
+    known = [one for one in book.refused if cdiv(one.num_tokens, size) - one.held > one.free]
+    if known:
+        one = rng.choice(known)
+        held, tokens, free = one.held, one.num_tokens, one.free
+        head = f"At event {one.event} allocate_slots for {book.name(one.request)} returned None"
+        look = "events --kind slots"
+    else:
+        held, free, look = rng.randrange(1, 4), rng.randrange(0, 3), ""
+        tokens = (held + free) * size + rng.randrange(1, size)
+        head = "A request was refused"
+    need = cdiv(tokens, size) - held
     return Question(
-        f"{free} blocks of {size} are free and a waiting request of {size * (free + 1)} tokens asks. "
-        f"How many blocks does it get?",
-        "0",
-        f"It needs {free + 1}: all or nothing.",
-        ("There is no part of an allocation.",),
-        wrong={str(free): "it does not take what is left: all or nothing"},
+        f"{head}. It held {held} block(s), needed room for {tokens} tokens in all, and {free} block(s) of "
+        f"{size} were free. How many blocks were missing?",
+        str(need - free),
+        f"{tokens} / {size} rounded up is {cdiv(tokens, size)}, less {held} it held: {need} wanted, {free} "
+        f"free. It got none of them: all or nothing.",
+        (
+            "How many blocks must its table have in the end?",
+            "Take off what it has and what is free.",
+        ),
+        wrong={
+            str(need): "some of what it wanted was free",
+            "0": "then it would not have been refused",
+            str(cdiv(tokens, size)): "that is its whole table",
+        },
+        look=look,
     )
 
 
@@ -236,19 +265,20 @@ def preempted_tokens(book: Book, rng: random.Random) -> Question:
     if not book.preempted:
         return blocks_needed(book, rng)
     number, event = rng.choice(book.preempted)
-    computed = event.num_computed_tokens
-    blocks = cdiv(computed, book.block_size)
+    computed, size = event.num_computed_tokens, book.block_size
+    kept = rng.randrange(0, computed // size + 1)
+    left = computed + 1 - kept * size
     return Question(
-        f"{book.name(event.request)} was preempted at event {number} with {computed} computed "
-        f"tokens. How many blocks came back to the pool by that?",
-        str(blocks),
-        f"Its whole table: {computed} / {book.block_size} rounded up = {blocks}. "
-        f"V1 never swaps; it computes them again.",
-        ("Everything it held.",),
+        f"{book.name(event.request)} was preempted at event {number}: {computed} computed tokens were given "
+        f"up, and one that had come out waits to go in. If {kept} of its full blocks of {size} are still "
+        f"cached when it returns, how many tokens does it compute then?",
+        str(left),
+        f"{computed} + 1 - {kept} x {size} = {left}. V1 never swaps; what is not cached is computed again.",
+        ("What would it be if nothing were cached?", f"Each cached block saves {size} tokens."),
         wrong={
-            "1": "not only what somebody else needs: the whole table is given back",
-            str(computed): "blocks, not tokens",
-            str(blocks - 1): "the last block counts, however many tokens are in it",
+            str(left - 1): "the token that came out last goes in too",
+            str(computed + 1 - kept): "a cached block saves a block's worth of tokens",
+            str(computed): "what is cached need not be computed",
         },
         look="events --kind request.preempted,blocks.freed",
     )
@@ -323,22 +353,25 @@ def ref_count(book: Book, rng: random.Random) -> Question:
     for table in step.tables.values():
         for block in table:
             owners[block] = owners.get(block, 0) + 1
-    shared = [b for b, count in owners.items() if count > 1] or list(owners)
+    shared = [b for b, count in owners.items() if count > 1]
+    if not shared:
+        return physical_of(book, rng)
     block = rng.choice(shared)
     count = owners[block]
+    gone = rng.randrange(1, count)
     return Question(
-        f"In step {step.number}, {len(step.tables)} requests run. Block {block} stands in the tables "
-        f"of {'all that begin alike' if count > 1 else 'one'}. What is its reference count?",
-        str(count),
-        f"It is in {count} tables, and each counts once: ref_cnt = {count}.",
-        ("Look at the column on the right of the evidence, or count the tables.",),
+        f"In step {step.number}, {len(step.tables)} requests run, and block {block} stands in {count} of "
+        f"their tables. If {gone} of these finish, what is its reference count?",
+        str(count - gone),
+        f"It counts the tables it is in: {count} - {gone} = {count - gone}. At 0 it joins the free queue.",
+        ("A reference count is the number of tables.", "Who finishes gives back all of its table."),
         wrong={
-            "1": "that would be a block of one request",
-            str(count - 1): "the request that computed it counts too",
-            str(len(step.tables) + 1): "nobody but requests counts",
+            "0": "the others still hold it",
+            str(count): "who is gone does not count",
+            str(count - gone - 1): "the request that computed it is one of them",
         },
         look=f"requests --step {step.number}",
-    ) if count > 1 else physical_of(book, rng)  # fmt: skip
+    )
 
 
 @question
@@ -397,18 +430,24 @@ def shared_saved(book: Book, rng: random.Random) -> Question:
 def batch_tokens(book: Book, rng: random.Random) -> Question:
     step = rng.choice([s for s in book.steps if len(s.counts) > 1] or book.steps)
     parts = ", ".join(f"{book.name(r)} {n}" for r, n in list(step.counts.items())[:8])
-    return Question(
-        f"Step {step.number} schedules {parts} token(s). How long is the flattened batch?",
-        str(step.num_tokens),
-        f"All of them side by side: {' + '.join(str(n) for n in step.counts.values())} = "
-        f"{step.num_tokens}. There is no padding to the longest.",
-        ("Everybody's tokens stand in one row.",),
-        wrong={
-            str(len(step.counts)): "that is the number of requests",
-            str(max(step.counts.values()) * len(step.counts)): "there is no padding to the longest",
-        },
-        look=f"steps --step {step.number}",
-    ) if len(step.counts) <= 8 else _who_decodes(book, step)
+    return (
+        Question(
+            f"Step {step.number} schedules {parts} token(s). How long is the flattened batch?",
+            str(step.num_tokens),
+            f"All of them side by side: {' + '.join(str(n) for n in step.counts.values())} = "
+            f"{step.num_tokens}. There is no padding to the longest.",
+            ("Everybody's tokens stand in one row.",),
+            wrong={
+                str(len(step.counts)): "that is the number of requests",
+                str(
+                    max(step.counts.values()) * len(step.counts)
+                ): "there is no padding to the longest",
+            },
+            look=f"steps --step {step.number}",
+        )
+        if len(step.counts) <= 8
+        else _who_decodes(book, step)
+    )
 
 
 def _who_decodes(book: Book, step: StepSeen) -> Question:
@@ -446,7 +485,7 @@ def whose_token(book: Book, rng: random.Random) -> Question:
 
 @question
 def position_in_batch(book: Book, rng: random.Random) -> Question:
-    step = mixed_step(book)
+    step = rng.choice(book.steps)
     request = rng.choice(list(step.counts))
     before, count = step.before[request], step.counts[request]
     return Question(
@@ -459,6 +498,7 @@ def position_in_batch(book: Book, rng: random.Random) -> Question:
             str(before + count): "off by one: positions count from 0",
             str(count - 1): "positions are of the sequence, not of the batch",
         },
+        look=f"events --step {step.number} --kind slots.mapped",
     )
 
 
@@ -532,37 +572,54 @@ def loop_input(book: Book, rng: random.Random) -> Question:
 def loop_last(book: Book, rng: random.Random) -> Question:
     request = longest_request(book)
     prompt = book.arrived[request].num_prompt_tokens
-    done = book.finished.get(request)
-    out = done.num_output_tokens if done else len([s for s in book.steps if request in s.counts])
-    stored = prompt + out - 1
+    steps = [
+        s
+        for s in book.steps
+        if request in s.counts and s.before[request] + s.counts[request] >= prompt
+    ]
+    step = rng.choice(steps)
+    stored = step.before[request] + step.counts[request]
+    out = stored - prompt + 1
     return Question(
-        f"{book.name(request)} had {prompt} prompt tokens and {out} came out. K and V of how many "
-        f"tokens are in its blocks at the end?",
+        f"{book.name(request)} has a prompt of {prompt} tokens. After step {step.number}, {out} token(s) "
+        f"had come out. K and V of how many tokens were in its blocks?",
         str(stored),
-        f"{prompt} + {out} - 1 = {stored}: the last token was never an input, so it has none.",
-        ("Which token was never an input?",),
+        f"{prompt} + {out} - 1 = {stored}: the last token that came out had not gone in yet.",
+        ("Which token was not an input yet?",),
         wrong={
-            str(prompt + out): "the last token that came out never went in: off by one",
+            str(prompt + out): "the last token that came out has no K and V yet: off by one",
             str(prompt): "tokens that were generated are in the cache too",
         },
+        look=f"events --step {step.number}",
     )
 
 
 @question
 def steps_of(book: Book, rng: random.Random) -> Question:
-    request = rng.choice(list(book.finished) or list(book.arrived))
-    count = sum(request in s.counts for s in book.steps)
-    prompt = book.arrived[request].num_prompt_tokens
-    parts = sum(
-        request in s.counts and s.before[request] < prompt for s in book.steps
-    )
-    out = count - parts + 1
+    choices = []
+    for request in book.finished:
+        own = [s for s in book.steps if request in s.counts]
+        prompt = book.arrived[request].num_prompt_tokens
+        if own and own[-1].number - own[0].number == len(own) - 1:
+            parts = sum(s.before[request] < prompt for s in own)
+            choices.append((request, own, parts))
+    if not choices:
+        return loop_last(book, rng)
+    request, own, parts = rng.choice(choices)
+    wanted = rng.randrange(1, len(own) - parts + 2)
+    right = own[parts - 1 + wanted - 1].number
     return Question(
-        f"The prompt of {book.name(request)} was computed in {parts} step(s) and {out} tokens were "
-        f"generated without interruption. In how many steps was it scheduled?",
-        str(count),
-        f"The last step of the prompt makes the first token: {parts} + {out} - 1 = {count}.",
+        f"The prompt of {book.name(request)} was computed in {parts} step(s), from step {own[0].number} on, "
+        f"and it was in every step after that. In which step did its token number {wanted} come out (the "
+        f"first is 1)?",
+        str(right),
+        f"The step that ends the prompt, {own[parts - 1].number}, makes the first token; each step after "
+        f"it one more: {right}.",
         ("When does the first token come out?",),
-        wrong={str(parts + out): "the step that ends the prompt makes a token already"},
+        wrong={
+            str(right + 1): "the step that ends the prompt makes a token already: off by one",
+            str(right - 1): "one step makes one token: off by one",
+            str(wanted): "its first step is not the engine's first",
+        },
         look=f"requests --request {book.name(request)}",
-    ) if not any(e.request == request for _, e in book.preempted) else loop_last(book, rng)  # fmt: skip
+    )

@@ -70,7 +70,7 @@ def partitions(book: Book, rng: random.Random) -> Question:
 
 @question
 def when_v2(book: Book, rng: random.Random) -> Question:
-    programs = book.num_heads
+    programs = book.num_heads * rng.choice((1, 2, 3, 4, 6, 8))
     limit = PARTITION // programs + 1
     longest = PARTITION + rng.randrange(1, 3 * PARTITION)
     return Question(
@@ -81,7 +81,9 @@ def when_v2(book: Book, rng: random.Random) -> Question:
         f"{limit - 1} x {programs} = {(limit - 1) * programs} is not above.",
         (f"sequences x {programs} must be above {PARTITION}.",),
         wrong={
-            str(limit - 1): f"that gives {(limit - 1) * programs}, and the rule says above, not from",
+            str(
+                limit - 1
+            ): f"that gives {(limit - 1) * programs}, and the rule says above, not from",
             str(PARTITION): "programs, not sequences: every sequence has all heads",
         },
     )
@@ -101,27 +103,26 @@ def _chunks(book: Book) -> dict[int, list[tuple[StepSeen, int, int]]]:
 
 
 @question
-def num_chunks(book: Book, rng: random.Random) -> Question:
+def prompt_left(book: Book, rng: random.Random) -> Question:
     made = _chunks(book)
-    most = max(len(parts) for parts in made.values())
-    request = rng.choice([r for r, parts in made.items() if len(parts) >= min(2, most)])
-    parts = made[request]
-    budget = int(book.config.settings["max_num_batched_tokens"])
+    request = rng.choice(list(made))
+    place = rng.randrange(len(made[request]))
+    step, before, count = made[request][place]
     prompt = book.arrived[request].num_prompt_tokens
-    steps = ", ".join(str(s.number) for s, _, _ in parts)
+    sizes = ", ".join(str(n) for *_, n in made[request][: place + 1])
+    left = prompt - before - count
     return Question(
-        f"The prompt of {book.name(request)} has {prompt} tokens; a step may have {budget}. In how many "
-        f"steps was it computed?",
-        str(len(parts)),
-        f"In steps {steps}: {' + '.join(str(n) for _, _, n in parts)} = {sum(n for *_, n in parts)}.",
-        ("Others take a share of the budget.", "Count its rows in the evidence."),
+        f"The prompt of {book.name(request)} has {prompt} tokens; its chunks up to step {step.number} had "
+        f"{sizes}. How many tokens of it are left to compute?",
+        str(left),
+        f"{before} before this step, {count} in it: {prompt} - {before + count} = {left}.",
+        ("Add its chunks up.", "The column 'prompt' of the evidence has it."),
         wrong={
-            str(cdiv(prompt, budget) if cdiv(prompt, budget) != len(parts) else 0):
-                "that would be with the whole budget; others had a part of it",
-            str(cdiv(prompt, book.block_size)): "those are blocks; a chunk may have several",
+            str(prompt - count): "earlier chunks are done too",
+            str(prompt - before): "and what this step computes?",
         },
         look=f"steps --request {book.name(request)}",
-    )  # fmt: skip
+    )
 
 
 @question
@@ -362,16 +363,35 @@ def key_offset(book: Book, rng: random.Random) -> Question:
 
 @question
 def fp8_blocks(book: Book, rng: random.Random) -> Question:
-    usable, width = book.config.num_blocks - 1, book.element_size
+    width = book.element_size
+    usable = book.config.num_blocks - 1 + rng.randrange(0, 200)
     return Question(
-        f"The pool has {usable} usable blocks with {width} bytes an element. How many blocks fit into "
-        f"the same memory with fp8?",
+        f"Memory holds {usable} blocks with {width} bytes an element. How many blocks does it hold with fp8?",
         str(usable * width),
         f"An element shrinks from {width} bytes to 1: {usable} x {width} = {usable * width}.",
         ("fp8 has one byte.",),
         wrong={
             str(usable): "blocks are smaller then, so more of them fit",
             str(usable // width): "more, not fewer",
+        },
+    )
+
+
+@question
+def value_offset(book: Book, rng: random.Random) -> Question:
+    size, kv, head = book.block_size, book.num_kv_heads, book.head_size
+    block, token = rng.randrange(1, min(6, book.config.num_blocks)), rng.randrange(1, size)
+    element = rng.randrange(1, head)
+    offset = block * kv * head * size + element * size + token
+    return Question(
+        f"The value cache is [blocks, {kv}, {head}, {size}]. At which place in it is element {element} of "
+        f"the value at place {token} of block {block} (head 0)?",
+        str(offset),
+        f"{block} x {kv * head * size} + {element} x {size} + {token} = {offset}.",
+        (f"A block has {kv * head * size} elements.", "Tokens are innermost: one apart."),
+        wrong={
+            str(block * kv * head * size + token * head + element): "here tokens are innermost",
+            str(element * size + token): "and the blocks before it?",
         },
     )
 
@@ -428,32 +448,14 @@ def slowest_step(book: Book, rng: random.Random) -> Question:
     )
 
 
-@question
-def variant_of(book: Book, rng: random.Random) -> Question:
-    planned = [s for s in book.steps if s.planned]
-    step = rng.choice(planned)
-    names = sorted({s.planned.variant for s in planned if s.planned})  # type: ignore[union-attr]
-    others = [n for n in ("vec/whole", "vec/split-kv", "3D", "2D") if n not in names]
-    right = step.planned.variant  # type: ignore[union-attr]
-    return Question(
-        f"Which variant of its kernel did step {step.number} use?",
-        right,
-        f"attention.planned of step {step.number} says {step.planned.kernel} {right}.",  # type: ignore[union-attr]
-        ("It stands in the event attention.planned.",),
-        choices=tuple(sorted([*names, *others[:2]])),
-        look=f"events --step {step.number} --kind attention.planned",
-    )
-
-
 # Part 3 ------------------------------------------------------------------------------------
 
 
 @question
 def kv_head_of(book: Book, rng: random.Random) -> Question:
-    times = rng.choice([2, 4, 8])
-    kv = book.num_kv_heads
+    times, kv = rng.choice([2, 4, 8]), rng.choice([2, 4, 8])
     total = kv * times
-    head = rng.randrange(times, total) if total > times else rng.randrange(total)
+    head = rng.randrange(total)
     return Question(
         f"A model has {total} query heads and {kv} KV heads. Which KV head does query head {head} read "
         f"(both count from 0)?",
@@ -462,7 +464,8 @@ def kv_head_of(book: Book, rng: random.Random) -> Question:
         ("How many query heads share a KV head?",),
         wrong={
             str(head % kv): "neighbours share one: it is a division, not a remainder",
-            str(head): "there are not that many KV heads",
+            str(head): "that is the query head",
+            str(head // times + 1): "they count from 0",
         },
     )
 
@@ -477,7 +480,10 @@ def gqa_saves(book: Book, rng: random.Random) -> Question:
         str(usable * heads // kv),
         f"A block shrinks by {heads} / {kv} = {heads / kv:g}: {usable * heads // kv}.",
         ("A block's size goes with the KV heads.",),
-        wrong={str(usable): "blocks get smaller, so more fit", str(usable * kv // heads): "more, not fewer"},
+        wrong={
+            str(usable): "blocks get smaller, so more fit",
+            str(usable * kv // heads): "more, not fewer",
+        },
     )
 
 
@@ -514,9 +520,9 @@ def rescale(book: Book, rng: random.Random) -> Question:
 
 @question
 def bytes_of_rank(book: Book, rng: random.Random) -> Question:
-    ranks = rng.choice([2, 4])
-    kv = book.num_kv_heads * ranks
-    page = book.page_bytes * ranks
+    ranks, times = rng.choice([2, 4]), rng.choice([1, 2, 4])
+    kv = book.num_kv_heads * ranks * times
+    page = book.page_bytes * ranks * times
     return Question(
         f"A model has {kv} KV heads, and a block takes {page} bytes in a layer. How many bytes does it "
         f"take on each of {ranks} tensor-parallel ranks?",
@@ -545,16 +551,18 @@ def blocks_of_ranks(book: Book, rng: random.Random) -> Question:
 
 @question
 def tables_of_ranks(book: Book, rng: random.Random) -> Question:
-    ranks = rng.choice([2, 4, 8])
-    step = max(book.steps, key=lambda s: len(s.tables))
-    tables = len(step.tables)
+    ranks, step = rng.choice([2, 4, 8]), rng.choice(book.steps)
+    held = sum(len(table) for table in step.tables.values())
     return Question(
-        f"Step {step.number} has {tables} request(s). How many block tables does the scheduler keep for "
-        f"them with {ranks} tensor-parallel ranks?",
-        str(tables),
-        f"One for each request, {tables}: ranks get the same tables.",
+        f"In step {step.number} the tables of {len(step.tables)} request(s) have {held} entries. How many "
+        f"block ids does the scheduler keep for them with {ranks} tensor-parallel ranks?",
+        str(held),
+        f"The same {held}: an id names the block on every rank, with that rank's heads in it.",
         ("Does the table of a request differ between ranks?",),
-        wrong={str(tables * ranks): "all ranks use the same ids"},
+        wrong={
+            str(held * ranks): "all ranks use the same ids",
+            str(held // ranks): "ranks divide heads, not blocks",
+        },
     )
 
 
@@ -579,15 +587,14 @@ def score_bytes(book: Book, rng: random.Random) -> Question:
 
 @question
 def launches(book: Book, rng: random.Random) -> Question:
-    step = rng.choice([s for s in book.steps if s.called] or book.steps)
-    calls, parts = book.num_layers, 5
+    layers, parts = rng.randrange(2, 41), 5
     return Question(
-        f"Attention as five kernels (QK, scale, mask, softmax, V) instead of one: how many launches does "
-        f"step {step.number} save, with {calls} layers?",
-        str(calls * (parts - 1)),
-        f"{calls} x 5 - {calls} x 1 = {calls * (parts - 1)}.",
+        f"Attention as five kernels (QK, scale, mask, softmax, V) instead of one, in a model of {layers} "
+        f"layers: how many launches does a step save when they are fused?",
+        str(layers * (parts - 1)),
+        f"{layers} x 5 - {layers} x 1 = {layers * (parts - 1)}.",
         ("The fused one is launched too.",),
-        wrong={str(calls * parts): "one for each layer is left", str(parts - 1): "in every layer"},
+        wrong={str(layers * parts): "one for each layer is left", str(parts - 1): "in every layer"},
     )
 
 

@@ -107,6 +107,19 @@ class Allocation:
 
 
 @dataclass
+class Refused:
+    """``allocate_slots`` that returned None."""
+
+    event: int
+    request: int
+    held: int
+    """Blocks of its table then."""
+    num_tokens: int
+    """Tokens that it needed room for."""
+    free: int
+
+
+@dataclass
 class Freed:
     """Blocks that lost an owner."""
 
@@ -132,7 +145,7 @@ class Book:
     arrived: dict[int, RequestArrived] = field(default_factory=dict)
     finished: dict[int, RequestFinished] = field(default_factory=dict)
     preempted: list[tuple[int, RequestPreempted]] = field(default_factory=list)
-    refused: list[tuple[int, SlotsRefused]] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     touched: list[tuple[int, BlocksTouched]] = field(default_factory=list)
 
     @property
@@ -259,7 +272,12 @@ class _Reading:
         elif isinstance(event, RequestPreempted):
             book.preempted.append((number, event))
         elif isinstance(event, SlotsRefused):
-            book.refused.append((number, event))
+            held = self.state.tables.get(event.request, [[]])[0]
+            before = self.state.computed.get(event.request, 0) or event.num_hit_tokens
+            tokens = before + event.num_new_tokens
+            book.refused.append(
+                Refused(number, event.request, len(held), tokens, event.num_free_blocks)
+            )
         elif isinstance(event, BlocksTaken):
             gone = set(event.blocks)
             self.queue = [block for block in self.queue if block not in gone]

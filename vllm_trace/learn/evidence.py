@@ -192,7 +192,9 @@ def rule(book: Book) -> list[str]:
         else "what the rule of 0.11.2 would choose here (it did not run), and what ran:"
     )
     lines = [head]
-    lines += table(["step", "longest", "seqs x heads", "parts", "rule", "the kernel that ran"], rows)
+    lines += table(
+        ["step", "longest", "seqs x heads", "parts", "rule", "the kernel that ran"], rows
+    )
     return [
         *lines,
         "",
@@ -519,9 +521,7 @@ def scales(book: Book) -> list[str]:
             ]
         )
     token = 2 * book.num_kv_heads * book.head_size
-    lines = [
-        "largest |value|, the scale that makes it fit, and what happens without one:"
-    ]
+    lines = ["largest |value|, the scale that makes it fit, and what happens without one:"]
     lines += table(["largest", "FP8 scale (/448)", "INT8 scale (/127)", "FP8 without"], rows)
     return [
         *lines,

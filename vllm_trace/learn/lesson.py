@@ -90,7 +90,10 @@ def path_lines(way: plan.LearningPath, progress: Progress) -> list[str]:
         name = words[-1] if "learn" in words else ""
         mark = _mark(progress, name) if name else "   "
         lines += [f"{mark} {stop.minutes:>3} min  {stop.command}", f"             {stop.why}"]
-    lines += ["", *wrap("Minutes are for reading, running and answering; a run takes about ten seconds.")]
+    lines += [
+        "",
+        *wrap("Minutes are for reading, running and answering; a run takes about ten seconds."),
+    ]
     return lines
 
 
@@ -178,32 +181,46 @@ def reading(one: plan.Step, tree: Tree | None) -> list[str]:
     chosen = passages.of_step(one.number)
     for reference in chosen:
         lines += about(reference, tree, short=len(chosen) > 6)
-    lines += ["", f"vllm-trace learn read {one.number} {chosen[0].id}   shows the source itself"]
-    return lines
+    lines += [""] * (len(lines) < 40)
+    return [*lines, f"vllm-trace learn read {one.number} {chosen[0].id}   shows the source itself"]
 
 
 def about(reference: Reference, tree: Tree | None, short: bool = False) -> list[str]:
     """One reference; its text is not in it."""
-    lines = [f"# {reference.id}"] if short else ["", f"# {reference.id}", *wrap(reference.about, "  ")]
+    lines = [f"# {reference.id}"] if short else ["", f"# {reference.id}"]
+    tells = not short or (reference.fate != "same" and not _is_inside(reference))
+    if not (short and tells and not reference.is_cuda):
+        lines += wrap(reference.about, "  ")
     if reference.said:
         numbers = f":{reference.lines}" if reference.lines else ""
-        lines += wrap(f"{reference.said}{numbers} ({reference.release})", "         ", "  said   ")
+        lines += _labelled("said", f"{reference.said}{numbers} ({reference.release})")
     found = place_of(reference, tree)
     if found is None:
         release, last = last_place(reference)
         if not _gone(reference):
-            lines.append("  here   not found by name")
+            lines += _labelled("here", "not found by name")
         elif last is not None:
-            lines += wrap(f"gone; in {release} it is {_at(last)}–{last.end}", "         ", "  here   ")
+            lines += _labelled("here", f"gone; in {release} it is {_span(last)}")
     else:
-        word = "  now    " if found.successor else "  here   "
-        end = f"–{found.end}" if found.end > found.line else ""
         note = "" if tree and (tree.root / found.file).exists() else ", in the repository only"
-        name = f" {found.name}" if not found.name.startswith("text:") else ""
-        lines += wrap(f"{_at(found)}{end}{name}{note}", "         ", word)
-    if not short or reference.fate != "same":
-        lines += wrap(reference.became, "         ", f"  {reference.fate:7}"[:9].ljust(9))
+        name = f" {found.name}" if not short and not found.name.startswith("text:") else ""
+        lines += _labelled("now" if found.successor else "here", f"{_span(found)}{name}{note}")
+    if tells:
+        lines += _labelled(reference.fate, reference.became)
     return lines
+
+
+def _labelled(word: str, text: str) -> list[str]:
+    return wrap(text, " " * 11, f"  {word:9}")
+
+
+def _span(found: Passage) -> str:
+    return _at(found) + (f"–{found.end}" if found.end > found.line else "")
+
+
+def _is_inside(reference: Reference) -> bool:
+    """A line of a kernel that has an entry of its own."""
+    return reference.is_cuda and reference.places[0][1].startswith("text:")
 
 
 def _gone(reference: Reference) -> bool:
@@ -224,13 +241,15 @@ def excerpt(found: Passage, tree: Tree, whole: bool = False) -> tuple[list[str],
     made = []
     for i, line in enumerate(shown):
         text = line if len(line) <= room or whole else line[: room - 1] + "…"
-        made.append(f"{low + i:>{width}}{'>' if low != found.line and low + i == found.line else ' '} {text}".rstrip())
+        made.append(
+            f"{low + i:>{width}}{'>' if low != found.line and low + i == found.line else ' '} {text}".rstrip()
+        )
     return ([] if not path.is_file() else made), left
 
 
 def seeing(one: plan.Step, book: Book, source: runs.Evidence) -> list[str]:
     """The evidence in a trace."""
-    lines = [f"# Step {one.number}: {one.title}. See, in {source.said}"]
+    lines = [f"# Step {one.number}: {one.title}. See", f"in {source.said}"]
     if not source.own:
         lines += wrap(
             f"(vllm-trace learn run {one.number} makes your own)"

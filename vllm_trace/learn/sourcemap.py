@@ -105,7 +105,9 @@ def _cell(place: list[Any] | None) -> str:
     if place is None:
         return "–"
     at = Passage(*place)
-    lines = "folder" if not at.line else f"{at.line}" if at.line == at.end else f"{at.line}–{at.end}"
+    lines = (
+        "folder" if not at.line else f"{at.line}" if at.line == at.end else f"{at.line}–{at.end}"
+    )
     return ("→ " if at.successor else "") + lines
 
 

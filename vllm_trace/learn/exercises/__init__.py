@@ -186,7 +186,9 @@ def file_of(one: Exercise, progress: Progress, folder: Path) -> Path:
     )
 
 
-def check(one: Exercise, path: Path, progress: Progress, answers: list[str] | None = None) -> Result:
+def check(
+    one: Exercise, path: Path, progress: Progress, answers: list[str] | None = None
+) -> Result:
     """Run the reader's file, and remember it when it passed."""
     from vllm_trace.learn.exercises import running
 
@@ -212,7 +214,9 @@ def told(one: Exercise, result: Result) -> list[str]:
     for each in result.checks:
         lines.append(f"{'ok  ' if each['passed'] else 'NO  '}{each['title']}"[:78])
         if not each["passed"]:
-            lines += [row for part in each["said"].splitlines() for row in wrap(part, "    ") or [""]]
+            lines += [
+                row for part in each["said"].splitlines() for row in wrap(part, "    ") or [""]
+            ]
             if each["hint"]:
                 lines += wrap(each["hint"], "          ", "    hint: ")
     if result.left:

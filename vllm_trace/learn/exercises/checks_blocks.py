@@ -15,7 +15,6 @@ from vllm_trace.events import (
 )
 from vllm_trace.learn import book as books
 from vllm_trace.learn import runs
-from vllm_trace.learn.book import cdiv
 from vllm_trace.learn.exercises import faults
 from vllm_trace.learn.exercises.grader import Check, Desk, require
 from vllm_trace.trace import read_trace
@@ -86,7 +85,9 @@ def _conserved(module: Any, desk: Desk) -> None:
             del held[held_id]
         elif free:
             seq = rng.randrange(12)
-            held.setdefault(seq, []).extend(manager.allocate(seq, rng.randrange(1, min(5, free) + 1)))
+            held.setdefault(seq, []).extend(
+                manager.allocate(seq, rng.randrange(1, min(5, free) + 1))
+            )
         used = [block for table in held.values() for block in table]
         twice = sorted({block for block in used if used.count(block) > 1})
         require(not twice, f"after {turn + 1} calls two sequences hold block {twice[:1]}")
@@ -203,7 +204,12 @@ def _hit(module: Any, desk: Desk) -> None:
         ({"a", "b"}, 18, 8, "two of four are cached"),
         ({"b", "c"}, 18, 0, "the first is not cached, so nothing is"),
         ({"a", "c"}, 18, 4, "behind the first miss everything is computed"),
-        ({"a", "b", "c", "d"}, 16, 12, "the whole prompt is cached: its last block is computed anyway"),
+        (
+            {"a", "b", "c", "d"},
+            16,
+            12,
+            "the whole prompt is cached: its last block is computed anyway",
+        ),
         ({"a", "b", "c", "d"}, 17, 16, "all full blocks are cached, one token is left"),
         (set(), 18, 0, "nothing is cached"),
     ]
@@ -271,7 +277,9 @@ class _Memory:
         copies = [(int(a), int(b)) for a, b in self.manager.append(seq)]
         for source, target in copies:
             for place in range(self.size):
-                self.cells[target * self.size + place] = self.cells.get(source * self.size + place, -1)
+                self.cells[target * self.size + place] = self.cells.get(
+                    source * self.size + place, -1
+                )
         self._write(seq)
         return copies
 
@@ -319,7 +327,9 @@ def _fork(module: Any, desk: Desk) -> None:
     same = memory.manager.get_block_table(1) == memory.manager.get_block_table(2)
     require(same, "after fork the tables differ")
     free = memory.manager.get_num_free_blocks()
-    require(free == 6, f"6 tokens in blocks of 4, then a fork: {free} free of 8", "A fork takes none.")
+    require(
+        free == 6, f"6 tokens in blocks of 4, then a fork: {free} free of 8", "A fork takes none."
+    )
     copies = memory.append(2)
     require(len(copies) == 1, f"the child wrote into the shared last block, with copies {copies}",
             "The block is shared: one copy.")  # fmt: skip
@@ -351,7 +361,9 @@ def _full(module: Any, desk: Desk) -> None:
         memory.append(4)
         memory.look("with the pool full")
     except MemoryError:
-        require(memory.manager.get_block_table(3)[:2] == before[:2], "a failed append changed a table")
+        require(
+            memory.manager.get_block_table(3)[:2] == before[:2], "a failed append changed a table"
+        )
 
 
 def _random_forks(module: Any, desk: Desk) -> None:
@@ -421,9 +433,15 @@ def _like_the_scheduler(module: Any, desk: Desk) -> None:
     judged, previous = 0, None
     for step in made.steps:
         scheduled = step.scheduled
-        lost = [r for number, r in victims if (previous.event if previous else 0) < number < step.event]
+        lost = [
+            r for number, r in victims if (previous.event if previous else 0) < number < step.event
+        ]
         if previous is not None and not scheduled.new and not scheduled.resumed:
-            order = [r for r in previous.counts if r not in made.finished or r in step.counts or r in lost]
+            order = [
+                r
+                for r in previous.counts
+                if r not in made.finished or r in step.counts or r in lost
+            ]
             rows = [
                 module.Running(made.name(r), previous.before[r] + previous.counts[r], held[r])
                 for r in order
@@ -439,7 +457,9 @@ def _like_the_scheduler(module: Any, desk: Desk) -> None:
         held = {r: len(table) for r, table in step.tables.items()}
         free = scheduled.num_free_blocks
         previous = step if all(made_last(made, r, step) for r in step.counts) else None
-    desk.note(f"{judged} steps of a real scheduler decided alike, {len(victims)} preemption among them.")
+    desk.note(
+        f"{judged} steps of a real scheduler decided alike, {len(victims)} preemption among them."
+    )
 
 
 def made_last(made: Any, request: int, step: Any) -> bool:
@@ -463,7 +483,11 @@ def _finds_nothing(module: Any, desk: Desk) -> None:
 
 def _finds_it(module: Any, desk: Desk) -> None:
     path = desk.path.with_name("ex9.vtrace")
-    require(path.is_file(), "ex9.vtrace does not lie beside your file", "vllm-trace learn start ex9 --again")
+    require(
+        path.is_file(),
+        "ex9.vtrace does not lie beside your file",
+        "vllm-trace learn start ex9 --again",
+    )
     _, number = faults.inject(faults.clean("batch"), desk.seed)
     got = module.find_fault(list(read_trace(path).events()))
     require(
@@ -485,7 +509,9 @@ def _finds_others(module: Any, desk: Desk) -> None:
     for turn, scenario in enumerate(("batch", "prefix", "mixed", "preempt")):
         events, number = faults.inject(faults.clean(scenario), desk.seed + turn + 1)
         got = module.find_fault(events)
-        require(got == number, f"in another trace ({scenario}) you found {got!r}", _hint_of(got, number))
+        require(
+            got == number, f"in another trace ({scenario}) you found {got!r}", _hint_of(got, number)
+        )
 
 
 CHECKS: dict[str, list[Check]] = {

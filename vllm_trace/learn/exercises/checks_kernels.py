@@ -30,7 +30,9 @@ def _case(tokens: int, context: int, dim: int, size: int, scale: float = 1.0, se
     return (query, k_cache, v_cache, table, context), wanted
 
 
-def _attention(tokens: int, context: int, dim: int, size: int, hint: str, scale: float = 1.0) -> Any:
+def _attention(
+    tokens: int, context: int, dim: int, size: int, hint: str, scale: float = 1.0
+) -> Any:
     def check(module: Any, desk: Desk) -> None:
         import torch
 
@@ -45,7 +47,11 @@ def _attention(tokens: int, context: int, dim: int, size: int, hint: str, scale:
             f"the result has shape {list(got.shape)}, and it should be {list(wanted.shape)}",
         )
         for old, new, name in zip(before, arguments, ("q", "k_cache", "v_cache", "block_table")):
-            same = torch.equal(old.nan_to_num(0.25), new.nan_to_num(0.25)) if old.is_floating_point() else torch.equal(old, new)
+            same = (
+                torch.equal(old.nan_to_num(0.25), new.nan_to_num(0.25))
+                if old.is_floating_point()
+                else torch.equal(old, new)
+            )
             require(same, f"{name} was changed")
         got = got.float().cpu()
         if bool(got.isnan().any()):
@@ -82,7 +88,9 @@ def _has_kernel(module: Any, desk: Desk) -> None:
         "there is no @triton.jit function in your file",
     )
     arguments, _ = _case(1, 4, 8, 4)
-    arguments = tuple(a.cuda() if _on_gpu(module) and isinstance(a, torch.Tensor) else a for a in arguments)
+    arguments = tuple(
+        a.cuda() if _on_gpu(module) and isinstance(a, torch.Tensor) else a for a in arguments
+    )
     module.simple_paged_attention(*arguments)
     where = "on the GPU" if _on_gpu(module) else "in Triton's interpreter: there is no GPU here"
     desk.note(f"The kernel ran {where}.")
@@ -111,7 +119,9 @@ def _round_trip(module: Any, desk: Desk) -> None:
             module.write_token(cache, layout, block, position % 4, vectors[position])
         for head in range(3):
             got = module.read_head(cache, layout, blocks, head)
-            require(tuple(got.shape) == (12, 8), f"layout {layout}: read_head gives {list(got.shape)}")
+            require(
+                tuple(got.shape) == (12, 8), f"layout {layout}: read_head gives {list(got.shape)}"
+            )
             require(
                 torch.equal(got, vectors[:, head]),
                 f"layout {layout}, head {head}: what comes out is not what was written",

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MEMORY_BYTES = 6 << 30
+MEMORY_BYTES = 3 << 30
 Check = tuple[str, Callable[[Any, "Desk"], None]]
 
 
@@ -110,7 +110,10 @@ def explain(error: BaseException, path: Path) -> tuple[str, str]:
         return f"{where}it calls itself without end{code}", ""
     missing = isinstance(error, AttributeError) and "module 'exercise'" in str(error)
     if missing:
-        return f"{str(error).rpartition(' ')[2]} is missing from your file", "Keep the names of the skeleton."
+        return (
+            f"{str(error).rpartition(' ')[2]} is missing from your file",
+            "Keep the names of the skeleton.",
+        )
     return f"{where}{type(error).__name__}: {error}{code}", ""
 
 

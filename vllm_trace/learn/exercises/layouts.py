@@ -73,7 +73,9 @@ def ask(path: Path, progress: Progress, answers: list[str], result: Any) -> None
         f"one head ({HEADS} heads of {DIM})?",
     ]
     if len(answers) > len(questions):
-        raise UsageError(f"ex3 has {len(questions)} questions, and there are {len(answers)} answers")
+        raise UsageError(
+            f"ex3 has {len(questions)} questions, and there are {len(answers)} answers"
+        )
     best = min(seconds.values())
     fastest = {str(k) for k, v in seconds.items() if v <= best * CLOSE}
     right = [fastest, {str(apart)}]
@@ -101,7 +103,11 @@ def _draw(picture: Path, seconds: dict[int, float]) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    names = ["[blocks, tokens,\nheads, dim]", "[blocks, heads,\ntokens, dim]", "[heads, blocks,\ntokens, dim]"]
+    names = [
+        "[blocks, tokens,\nheads, dim]",
+        "[blocks, heads,\ntokens, dim]",
+        "[heads, blocks,\ntokens, dim]",
+    ]
     axes.bar([f"{k}\n{n}" for k, n in zip(seconds, names)], [v * 1e6 for v in seconds.values()])
     axes.set_ylabel("µs, attention of 8 heads\nover 1024 tokens")
     figure.savefig(picture, dpi=120)

@@ -75,7 +75,11 @@ def run_python(one: Any, path: Path, result: Any, progress: Progress) -> None:
         return
     if ended or not any("done" in row for row in said):
         result.left = max(0, result.left - 1)
-        result.fail(str(at), ended or "the process ended by itself before the check was over", _advice(ended))
+        result.fail(
+            str(at),
+            ended or "the process ended by itself before the check was over",
+            _advice(ended),
+        )
     if drain.count > KEPT_BYTES * 2:
         result.notes.append(f"It printed {drain.count} bytes; the middle was left out.")
 
@@ -135,7 +139,9 @@ def _ended(code: int) -> str:
 
 def _advice(why: str) -> str:
     if "did not end" in why:
-        return "Is there a loop that nothing ends? Print what it goes by, and look at the first lines."
+        return (
+            "Is there a loop that nothing ends? Print what it goes by, and look at the first lines."
+        )
     if "printed" in why:
         return "Print less: the first few rounds of a loop are enough."
     if "crashed" in why:
@@ -170,7 +176,9 @@ def run_cuda(one: Any, path: Path, result: Any) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")
     with tempfile.TemporaryDirectory(prefix="vllm-trace-learn-") as scratch:
         source, program = Path(scratch) / "all.cu", Path(scratch) / "program"
-        source.write_text(f'#line 1 "{path.name}"\n{text}\n#line 1 "harness"\n{one.text("harness")}')
+        source.write_text(
+            f'#line 1 "{path.name}"\n{text}\n#line 1 "harness"\n{one.text("harness")}'
+        )
         command = ["nvcc", "-O1", "-std=c++17", "-o", str(program), str(source)]
         if _has_gpu():
             command[1:1] = ["-arch=native"]

@@ -31,4 +31,8 @@ def simple_paged_attention(
 
 
 if __name__ == "__main__":
-    print(simple_paged_attention(*map(torch.ones, [(1, 2), (1, 4, 2), (1, 4, 2)]), torch.tensor([0]), 3))
+    print(
+        simple_paged_attention(
+            *map(torch.ones, [(1, 2), (1, 4, 2), (1, 4, 2)]), torch.tensor([0]), 3
+        )
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from vllm_trace.learn import passages, plan, runs
+from vllm_trace.learn import evidence_steps, passages, plan, runs  # noqa: F401 - registers views
 from vllm_trace.learn.book import Book
 from vllm_trace.learn.evidence import EVIDENCE
 from vllm_trace.learn.passages import Passage, Reference, Tree
@@ -67,8 +67,7 @@ def overview(progress: Progress, exercises: Sequence[tuple[str, str]]) -> list[s
     return [
         *lines,
         "",
-        "vllm-trace learn 1 opens a step, learn check 1 asks, learn start ex1 begins",
-        f"an exercise, learn path {'|'.join(plan.paths())} is a way through.",
+        f"vllm-trace learn 1 | check 1 | start ex1 | path {'|'.join(plan.paths())}",
     ]
 
 
@@ -123,7 +122,7 @@ def opening(one: plan.Step, tree: Tree | None, progress: Progress) -> list[str]:
 
 
 def _whose(tree: Tree | None) -> str:
-    return f"vLLM {tree.release}" if tree else "no vLLM here: places of the last known release"
+    return f"vLLM {tree.release}" if tree else f"no vLLM here: by the table, {list(passages.known())[-1]}"
 
 
 def where_now(reference: Reference, tree: Tree | None, room: int = WIDTH - 27) -> str:
@@ -202,7 +201,7 @@ def about(reference: Reference, tree: Tree | None, short: bool = False) -> list[
         elif last is not None:
             lines += _labelled("here", f"gone; in {release} it is {_span(last)}")
     else:
-        note = "" if tree and (tree.root / found.file).exists() else ", in the repository only"
+        note = ", in the repository only" if tree and not (tree.root / found.file).exists() else ""
         name = f" {found.name}" if not short and not found.name.startswith("text:") else ""
         lines += _labelled("now" if found.successor else "here", f"{_span(found)}{name}{note}")
     if tells:

@@ -239,9 +239,8 @@ def _in_cuda(path: Path, name: str) -> tuple[int, int] | None:
     """A function, struct or macro: not a call of it, and not a mention in a comment."""
     lines = _lines(path)
     word = re.escape(name)
-    defines = re.compile(
-        rf"^\s*#define {word}\b|^(?:template.*)?(?:inline |static |__\w+__ )*(?:struct|void|float|class)\s+{word}\b(?!.*;)"
-    )
+    kinds = r"(?:template.*)?(?:inline |static |__\w+__ )*(?:struct|void|float|class)"
+    defines = re.compile(rf"^\s*#define {word}\b|^{kinds}\s+{word}\b(?!.*;)")
     for number, line in enumerate(lines, 1):
         if defines.match(line):
             return (number, _end_of(lines, number))

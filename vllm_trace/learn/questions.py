@@ -1,8 +1,8 @@
 """Questions about a trace: the answer is computed from it, never written down.
 
 A maker takes a ``Book`` and a random generator and returns a ``Question``. The same seed asks the
-same; another trace or seed asks for other blocks, positions and steps. Makers are in ``asking``
-and ``asking_kernels``; this is what they make and how an answer is judged.
+same; another trace or seed asks for other blocks, positions and steps. Makers are in the
+``asking`` modules; this is what they make and how an answer is judged.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def question(maker: Maker) -> Maker:
 
 def ask(book: Book, names: Sequence[str], seed: str) -> list[Question]:
     """The questions of a step for this trace and seed."""
-    from vllm_trace.learn import asking, asking_kernels  # noqa: F401 - they register their makers
+    # They register their makers.
+    from vllm_trace.learn import asking, asking_kernels, asking_part3, asking_steps  # noqa: F401
 
     made = []
     for name in names:

@@ -19,6 +19,19 @@ from vllm_trace.learn.passages import Passage, Reference, Tree, known, reference
 
 PLACES = Path(__file__).with_name("places.json")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "source-map.md"
+HEAD = """\
+# Where the plan's references are now
+
+The learning plan, the deep dive and the engine-step notes point at vLLM's source by file and line. This table has every one of
+them in each release that was looked at ({releases}), and some that `learn` needs besides. Lines are of the
+definition; `→` marks what does the work of something that is gone; `–` is nothing. The plan describes 0.11.2, the deep dive 0.6.3
+or thereabouts.
+
+{stated}
+
+Made by `vllm-trace learn sources --source DIR --save`; `vllm-trace learn sources` prints it for the vLLM that is installed.
+
+"""
 DOCUMENTS = {
     "plan": "learning plan",
     "deep dive": "deep dive",
@@ -57,19 +70,7 @@ def save(trees: Iterable[Tree]) -> list[Path]:
 def page() -> str:
     """The whole of ``docs/source-map.md``."""
     releases = list(known())
-    head = f"""\
-# Where the plan's references are now
-
-The learning plan, the deep dive and the engine-step notes point at vLLM's source by file and line. This table has
-every one of them in each release that was looked at: {", ".join(releases)}. Lines are of the definition; `→` marks what
-does the work of something that is gone; `–` is nothing. The plan describes 0.11.2 and the deep dive 0.6.3 or
-thereabouts. All line numbers that the plan gives were found where it has them, counting a decorator as the beginning;
-the one exception is `Attention.forward`, which begins at 359 and not at 360.
-
-Made by `vllm-trace learn sources --source DIR … --save`; `vllm-trace learn sources` prints it for the vLLM that is
-installed.
-
-"""
+    head = HEAD.format(releases=", ".join(releases), stated=_stated())
     rows = ["| reference | document | said | " + " | ".join(releases) + " | what became of it |"]
     rows.append("|---|---|---|" + "---|" * len(releases) + "---|")
     for one in references():
@@ -88,6 +89,26 @@ installed.
                 f"{_name(at.name)} |"
             )
     return head + "\n".join(rows + files) + "\n"
+
+
+def _stated() -> str:
+    """What the documents' own line numbers are worth, counted."""
+    right, off = 0, []
+    for one in references():
+        place = known().get(one.release, {}).get(one.id)
+        if not one.lines or place is None:
+            continue
+        first, line = int(one.lines.partition("-")[0]), place[2]
+        right += line == first
+        if line == first + 1:
+            off.append(f"`{one.id}` at a decorator, one line above")
+        elif line != first:
+            off.append(f"`{one.id}` at {first}, and it begins at {line}")
+    total = right + len(off)
+    return (
+        f"Of {total} places that the plan gives by line, {right} begin exactly there in 0.11.2; of the "
+        f"others the plan has\n{'; '.join(off)}."
+    )
 
 
 def _changes(one: Reference, releases: list[str]) -> list[tuple[str, Passage]]:

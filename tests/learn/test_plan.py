@@ -68,7 +68,11 @@ def test_a_step_fits_two_screens(one, tree, progress):
     reads(lesson.opening(one, tree, progress))
     reads(lesson.reading(one, tree))
     for own in (True, False):
-        reads(lesson.seeing(one, book_of(one), runs.Evidence(one.scenario, runs.shipped("hello"), own)))
+        reads(
+            lesson.seeing(
+                one, book_of(one), runs.Evidence(one.scenario, runs.shipped("hello"), own)
+            )
+        )
     for seed in range(5):
         asked = questions.ask(book_of(one), one.questions, str(seed))
         lines = [""] * 3
@@ -77,7 +81,9 @@ def test_a_step_fits_two_screens(one, tree, progress):
         reads(lines)
 
 
-@pytest.mark.parametrize("scenario_name", ["batch", "mixed", "evict", "boundary", "abort", "prefix"])
+@pytest.mark.parametrize(
+    "scenario_name", ["batch", "mixed", "evict", "boundary", "abort", "prefix"]
+)
 def test_evidence_works_on_any_trace(scenario_name):
     """`--trace` takes a trace of anything."""
     made = book.read(read_trace(runs.shipped(scenario_name)))

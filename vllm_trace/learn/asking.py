@@ -409,7 +409,7 @@ def hit_tokens(book: Book, rng: random.Random) -> Question:
 
 @question
 def shared_saved(book: Book, rng: random.Random) -> Question:
-    step = max(book.steps, key=lambda s: len(s.tables))
+    step = rng.choice([s for s in book.steps if len(s.tables) > 1] or book.steps)
     held = sum(len(table) for table in step.tables.values())
     real = len({block for table in step.tables.values() for block in table})
     return Question(

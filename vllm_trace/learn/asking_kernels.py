@@ -93,12 +93,14 @@ def when_v2(book: Book, rng: random.Random) -> Question:
 
 
 def _chunks(book: Book) -> dict[int, list[tuple[StepSeen, int, int]]]:
-    """Request → (step, tokens before, tokens) of its prompt."""
+    """Request → (step, tokens before, tokens) of its prompt; of one that was preempted only the first time."""
     made: dict[int, list[tuple[StepSeen, int, int]]] = {}
     for step in book.steps:
         for request, count in step.counts.items():
-            if step.before[request] < book.arrived[request].num_prompt_tokens:
-                made.setdefault(request, []).append((step, step.before[request], count))
+            before, parts = step.before[request], made.setdefault(request, [])
+            done = parts[-1][1] + parts[-1][2] if parts else 0
+            if done < book.arrived[request].num_prompt_tokens and (before >= done or not parts):
+                parts.append((step, before, count))
     return made
 
 

@@ -122,7 +122,11 @@ def opening(one: plan.Step, tree: Tree | None, progress: Progress) -> list[str]:
 
 
 def _whose(tree: Tree | None) -> str:
-    return f"vLLM {tree.release}" if tree else f"no vLLM here: by the table, {list(passages.known())[-1]}"
+    return (
+        f"vLLM {tree.release}"
+        if tree
+        else f"no vLLM here: by the table, {list(passages.known())[-1]}"
+    )
 
 
 def where_now(reference: Reference, tree: Tree | None, room: int = WIDTH - 27) -> str:

@@ -53,12 +53,14 @@ class Question:
             if said not in known:
                 return f"{given!r} is none of {', '.join(self.choices)}"
             return "it is another one"
-        if not all(part.lstrip("-").isdigit() for part in said.split()):
+        if not all(part.lstrip("-").isdecimal() for part in said.split()):
             return f"{given!r} is no number: answer with " + (
                 "numbers and commas between" if self.is_list else "one number"
             )
         if self.is_list:
             return _list_off(said.split(), normal(self.answer).split())
+        if " " in said or "-" in said.lstrip("-"):
+            return f"{given!r} is not one number"
         off = int(said) - int(normal(self.answer))
         return ("too large" if off > 0 else "too small") + (" by one" if abs(off) == 1 else "")
 

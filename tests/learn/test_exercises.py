@@ -3,8 +3,10 @@
 import ast
 import re
 import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -312,6 +314,32 @@ def test_without_nvcc_it_is_said(progress, tmp_path, monkeypatch):
     (tmp_path / one.file).write_text(one.text("solution"))
     result = exercises.check(one, tmp_path / one.file, progress)
     assert "nvcc is not here" == first_failure(result)["said"]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("", "", "ok"),
+        ("sum * rsqrtf((float)head_dim)", "sum", "1 tokens, context 4"),
+        ("scores[i] - largest", "scores[i]", "is the largest taken off before exp?"),
+        ("block_table[i / block_size]", "(i / block_size)", "nan"),
+    ],
+)
+def test_the_harness_judges_without_a_gpu(right, wrong, said, tmp_path):
+    """The CUDA solution and its mistakes, one thread at a time on the CPU."""
+    one = exercises.exercise("ex2-cuda")
+    launch = "simple_paged_attention<<<num_tokens, 128, context_len * 4>>>("
+    harness = one.text("harness")
+    assert launch in harness
+    loop = "for (blockIdx.x = 0; blockIdx.x < num_tokens; blockIdx.x++) simple_paged_attention("
+    shim = Path(__file__).with_name("cuda_shim.h").read_text()
+    text = shim + one.text("solution").replace(right, wrong) + harness.replace(launch, loop)
+    (tmp_path / "all.cpp").write_text(text)
+    subprocess.run(["g++", "-std=c++17", "-o", "program", "all.cpp"], cwd=tmp_path, check=True)
+    done = subprocess.run(["./program"], cwd=tmp_path, capture_output=True, text=True)
+    assert (0 if said == "ok" else 1) == done.returncode
+    assert said in done.stdout
 
 
 # Watching ----------------------------------------------------------------------------------

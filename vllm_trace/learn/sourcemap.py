@@ -22,14 +22,15 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "source-map.md"
 HEAD = """\
 # Where the plan's references are now
 
-The learning plan, the deep dive and the engine-step notes point at vLLM's source by file and line. This table has every one of
-them in each release that was looked at ({releases}), and some that `learn` needs besides. Lines are of the
-definition; `→` marks what does the work of something that is gone; `–` is nothing. The plan describes 0.11.2, the deep dive 0.6.3
-or thereabouts.
+The learning plan, the deep dive and the engine-step notes point at vLLM's source by file and line. This table has
+every one of them in each release that was looked at ({releases}), and some that
+`learn` needs besides. Lines are of the definition; `→` marks what does the work of something that is gone; `–` is
+nothing. The plan describes 0.11.2, the deep dive 0.6.3 or thereabouts.
 
 {stated}
 
-Made by `vllm-trace learn sources --source DIR --save`; `vllm-trace learn sources` prints it for the vLLM that is installed.
+Made by `vllm-trace learn sources --source DIR --save`; `vllm-trace learn sources` prints it for the vLLM that is
+installed.
 
 """
 DOCUMENTS = {

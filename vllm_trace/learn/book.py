@@ -288,11 +288,11 @@ class _Reading:
         elif isinstance(event, SlotsAllocated):
             table = list(self.state.tables[event.request][0])
             hits = event.hit_blocks[0] if event.hit_blocks else []
-            held = self.state.computed.get(event.request, 0) + event.num_new_tokens
+            tokens = self.state.computed.get(event.request, 0) + event.num_new_tokens
             new = event.blocks[0] if event.blocks else []
             book.allocations.append(
                 Allocation(
-                    number, event.request, list(new), list(hits), table, held, event.num_free_blocks
+                    number, event.request, list(new), list(hits), table, tokens, event.num_free_blocks
                 )
             )
         elif isinstance(event, StepScheduled) and event.requests:

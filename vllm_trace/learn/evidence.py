@@ -121,14 +121,14 @@ def pool(book: Book) -> list[str]:
         )
     lines = table(["event", "request", "tokens", "blocks", "free then", "got"], rows, 9)
     if book.freed:
-        one = book.freed[0]
-        marks = [f"{b}{'#' if h else ''}" for b, h in zip(one.blocks, one.hashed)]
+        back = book.freed[0]
+        marks = [f"{b}{'#' if h else ''}" for b, h in zip(back.blocks, back.hashed)]
         lines += [
             "",
-            f"event {one.event}: blocks come back in this order (# has a hash):",
+            f"event {back.event}: blocks come back in this order (# has a hash):",
             f"  {' '.join(marks[:18])}",
-            f"  queue before  {ids(one.queue_before, 12)}",
-            f"  queue after   {ids(one.queue_after, 12)}",
+            f"  queue before  {ids(back.queue_before, 12)}",
+            f"  queue after   {ids(back.queue_after, 12)}",
             "  the head, on the left, is handed out next",
         ]
     for number, event in book.preempted[:1]:

@@ -72,19 +72,19 @@ def flat_batch(book: Book) -> list[str]:
 @evidence
 def joins(book: Book) -> list[str]:
     """Steps in which somebody came or went."""
-    rows, last = [], set()
+    rows: list[list[object]] = []
+    last: set[int] = set()
     for step in book.steps:
         now = set(step.counts)
         if now != last:
             came = ", ".join(book.name(r) for r in step.counts if r not in last)
             went = ", ".join(book.name(r) for r in sorted(last - now))
-            rows.append(
-                [step.number, len(now), step.num_tokens, f"+ {came} " * bool(came)]
-                + [f"- {went}" if went else ""]
+            said = " ".join(
+                filter(None, [f"+ {came}" if came else "", f"- {went}" if went else ""])
             )
+            rows.append([step.number, len(now), step.num_tokens, said])
         last = now
-    merged = [[*row[:3], (row[3] + row[4]).strip()] for row in rows]
-    return table(["step", "in the batch", "tokens", "who came, who went"], merged, 16)
+    return table(["step", "in the batch", "tokens", "who came, who went"], rows, 16)
 
 
 @evidence

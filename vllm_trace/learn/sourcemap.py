@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_trace.errors import UsageError
 from vllm_trace.learn.passages import Passage, Reference, Tree, known, references
 
 PLACES = Path(__file__).with_name("places.json")
@@ -52,7 +53,12 @@ def survey(tree: Tree) -> dict[str, list[Any]]:
 
 
 def save(trees: Iterable[Tree]) -> list[Path]:
-    """Write what was found in these sources over what is known, then the page."""
+    """Write what was found in these sources over what is known, then the page.
+
+    Raises: ``UsageError`` when this package is installed and no checkout.
+    """
+    if not (PAGE.parents[1] / "pyproject.toml").is_file():
+        raise UsageError("--save is for a checkout of vllm_trace: there is no docs/ here")
     places = dict(known())
     for tree in trees:
         places[tree.release] = survey(tree)

@@ -5,12 +5,15 @@ behind your last token, hold NaN.
 """
 
 import torch
-from torch import Tensor
 
 
 def simple_paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int
-) -> Tensor:
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+) -> torch.Tensor:
     """softmax(q k / sqrt(head_dim)) v over the first `context_len` tokens, which lie in blocks.
 
     q, result: [num_tokens, head_dim]; caches: [num_blocks, block_size, head_dim];
@@ -18,11 +21,3 @@ def simple_paged_attention(
     1. For each block of the table: its scores. 2. Softmax over all of them. 3. Weighted sum of v.
     """
     raise NotImplementedError("simple_paged_attention")
-
-
-if __name__ == "__main__":
-    print(
-        simple_paged_attention(
-            *map(torch.ones, [(1, 2), (1, 4, 2), (1, 4, 2)]), torch.tensor([0]), 3
-        )
-    )

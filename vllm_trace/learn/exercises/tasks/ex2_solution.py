@@ -1,12 +1,15 @@
 """Exercise 2 in torch, solved."""
 
 import torch
-from torch import Tensor
 
 
 def simple_paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int
-) -> Tensor:
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+) -> torch.Tensor:
     block_size, head_dim = k_cache.shape[1:]
     scores, values = [], []
     for logical in range(-(-context_len // block_size)):

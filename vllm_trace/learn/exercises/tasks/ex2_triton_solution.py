@@ -3,7 +3,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -36,8 +35,12 @@ def kernel(
 
 
 def simple_paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, context_len: int
-) -> Tensor:
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+) -> torch.Tensor:
     out = torch.empty_like(q)
     block_size, head_dim = k_cache.shape[1:]
     kernel[(q.shape[0],)](

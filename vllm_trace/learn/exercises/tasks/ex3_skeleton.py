@@ -9,25 +9,22 @@ machine, draws a plot, and asks about it.
 """
 
 import torch
-from torch import Tensor
 
 
 def make_cache(
     layout: int, num_blocks: int, block_size: int, num_heads: int, head_dim: int
-) -> Tensor:
+) -> torch.Tensor:
     """A cache of zeros (torch.zeros) in that layout."""
     raise NotImplementedError("make_cache")
 
 
-def write_token(cache: Tensor, layout: int, block: int, place: int, vectors: Tensor) -> None:
+def write_token(
+    cache: torch.Tensor, layout: int, block: int, place: int, vectors: torch.Tensor
+) -> None:
     """Store the vectors of one token, [num_heads, head_dim], at a place of a block."""
     raise NotImplementedError("write_token")
 
 
-def read_head(cache: Tensor, layout: int, blocks: Tensor, head: int) -> Tensor:
+def read_head(cache: torch.Tensor, layout: int, blocks: torch.Tensor, head: int) -> torch.Tensor:
     """Everything in these blocks of one head: [len(blocks) * block_size, head_dim]."""
     raise NotImplementedError("read_head")
-
-
-if __name__ == "__main__":
-    print(torch.zeros(make_cache(1, 2, 3, 4, 5).shape).shape)

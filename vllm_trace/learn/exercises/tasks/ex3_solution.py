@@ -1,12 +1,11 @@
 """Exercise 3, solved."""
 
 import torch
-from torch import Tensor
 
 
 def make_cache(
     layout: int, num_blocks: int, block_size: int, num_heads: int, head_dim: int
-) -> Tensor:
+) -> torch.Tensor:
     shapes = {
         1: (num_blocks, block_size, num_heads, head_dim),
         2: (num_blocks, num_heads, block_size, head_dim),
@@ -15,7 +14,9 @@ def make_cache(
     return torch.zeros(shapes[layout])
 
 
-def write_token(cache: Tensor, layout: int, block: int, place: int, vectors: Tensor) -> None:
+def write_token(
+    cache: torch.Tensor, layout: int, block: int, place: int, vectors: torch.Tensor
+) -> None:
     if layout == 1:
         cache[block, place] = vectors
     elif layout == 2:
@@ -24,7 +25,7 @@ def write_token(cache: Tensor, layout: int, block: int, place: int, vectors: Ten
         cache[:, block, place] = vectors
 
 
-def read_head(cache: Tensor, layout: int, blocks: Tensor, head: int) -> Tensor:
+def read_head(cache: torch.Tensor, layout: int, blocks: torch.Tensor, head: int) -> torch.Tensor:
     if layout == 1:
         found = cache[blocks, :, head]
     elif layout == 2:

@@ -4,10 +4,9 @@
 """
 
 import torch
-from torch import Tensor
 
 
-def reduce(exp_sums: Tensor, max_logits: Tensor, tmp_out: Tensor) -> Tensor:
+def reduce(exp_sums: torch.Tensor, max_logits: torch.Tensor, tmp_out: torch.Tensor) -> torch.Tensor:
     """One softmax's output from those of its partitions.
 
     Partition p covered some of the keys: max_logits[p] is its largest logit, exp_sums[p] the sum of
@@ -16,7 +15,3 @@ def reduce(exp_sums: Tensor, max_logits: Tensor, tmp_out: Tensor) -> Tensor:
     An empty partition has maximum -inf and sum 0. Logits may be as large as 1000.
     """
     raise NotImplementedError("reduce")
-
-
-if __name__ == "__main__":
-    print(reduce(torch.ones(2), torch.zeros(2), torch.ones(2, 4)))

@@ -93,6 +93,32 @@ def test_evidence_works_on_any_trace(scenario_name):
         assert len(lines) <= 30, name
 
 
+def test_a_choice_that_was_recorded_is_shown_as_such():
+    """With `run --attention paged` the engine itself chooses between V1 and V2."""
+    made = book_of(plan.step("5"))
+    assert "(it did not run)" in EVIDENCE["rule"](made)[0]
+    for step in made.steps:
+        if step.planned and book.Book.is_decode(made, step):
+            variant = "V2" if step.number % 2 else "V1"
+            step.planned.kernel, step.planned.variant = (
+                f"mini.paged_attention_{variant.lower()}",
+                variant,
+            )
+    lines = EVIDENCE["rule"](made)
+    assert "the engine ran PagedAttention" in lines[0]
+    decodes = [step for step in made.steps if made.is_decode(step)]
+    assert ["V2" if step.number % 2 else "V1" for step in decodes] == [
+        made.chosen(s) for s in decodes
+    ]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_own_backend_is_used_where_it_is(monkeypatch, there):
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: object() if there else None)
+    assert (["--attention", "paged"] if there else []) == runs.arguments_for("long")
+    assert [] == runs.arguments_for("hello")
+
+
 def test_the_map_fits(progress):
     listed = [(one.name, one.title) for one in exercises.all_of_them()]
     lines = lesson.overview(progress, listed)

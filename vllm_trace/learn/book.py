@@ -292,7 +292,13 @@ class _Reading:
             new = event.blocks[0] if event.blocks else []
             book.allocations.append(
                 Allocation(
-                    number, event.request, list(new), list(hits), table, tokens, event.num_free_blocks
+                    number,
+                    event.request,
+                    list(new),
+                    list(hits),
+                    table,
+                    tokens,
+                    event.num_free_blocks,
                 )
             )
         elif isinstance(event, StepScheduled) and event.requests:
@@ -318,7 +324,9 @@ class _Reading:
         if isinstance(event, SlotsMapped) and event.group == 0:
             seen.mapped = event
         elif isinstance(event, AttentionPlanned) and event.group == 0:
-            seen.planned = event
+            # A step with both has a plan for its prompts too; the choice is about who decodes.
+            if seen.planned is None or seen.planned.variant not in ("V1", "V2"):
+                seen.planned = event
         elif isinstance(event, AttentionCalled):
             seen.called = event
         elif isinstance(event, StepExecuted):

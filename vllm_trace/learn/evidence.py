@@ -5,6 +5,7 @@ Each function takes a ``Book`` and returns lines; ``EVIDENCE`` names them for ``
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
@@ -195,6 +196,8 @@ def rule(book: Book) -> list[str]:
     lines += table(
         ["step", "longest", "seqs x heads", "parts", "rule", "the kernel that ran"], rows
     )
+    for reason in filter(None, dict.fromkeys(reasons[-2:])):
+        lines += textwrap.wrap(f"recorded: {reason}", 78, subsequent_indent="  ")[:2]
     return [
         *lines,
         "",

@@ -82,6 +82,7 @@ def run(progress: Progress, scenario: str) -> tuple[Evidence, float, str]:
     given = seeded(scenario, progress.seed)
     (fresh / f"{scenario}.toml").write_text(given, encoding="utf-8")
     command = [sys.executable, "-m", "vllm_trace", "run", f"{scenario}.toml", "-o", "run"]
+    command += arguments_for(scenario)
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -96,6 +97,16 @@ def run(progress: Progress, scenario: str) -> tuple[Evidence, float, str]:
     progress.runs[scenario] = str(kept / "run")
     progress.save()
     return trace_of(progress, scenario), time.monotonic() - began, done.stdout
+
+
+PAGED = ("long",)
+"""Scenarios of steps that are about PagedAttention's own kernels."""
+
+
+def arguments_for(scenario: str) -> list[str]:
+    """With a backend of our own the engine decodes by PagedAttention's kernels, and records their choice."""
+    there = importlib.util.find_spec("vllm_trace.backend") is not None
+    return ["--attention", "paged"] if there and scenario in PAGED else []
 
 
 def seeded(scenario: str, seed: int) -> str:

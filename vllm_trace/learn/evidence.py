@@ -196,6 +196,7 @@ def rule(book: Book) -> list[str]:
     lines += table(
         ["step", "longest", "seqs x heads", "parts", "rule", "the kernel that ran"], rows
     )
+    reasons = [str(getattr(step.planned, "reason", "")) for step in kept if step.planned]
     for reason in filter(None, dict.fromkeys(reasons[-2:])):
         lines += textwrap.wrap(f"recorded: {reason}", 78, subsequent_indent="  ")[:2]
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -305,6 +306,7 @@ def _page(chosen: Sequence[Any], tree: Any) -> None:
     from vllm_trace.learn.passages import Passage
 
     terminal = console()
+    os.environ.setdefault("LESS", "-R")  # else less shows colours as their codes
     with terminal.pager(styles=not terminal.no_color):
         for reference in chosen:
             for line in lesson.about(reference, tree):

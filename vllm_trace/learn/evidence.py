@@ -184,7 +184,7 @@ def rule(book: Book) -> list[str]:
     rows = []
     for step in kept:
         longest, programs, parts = book.numbers_of_rule(step)
-        own = f"{step.planned.kernel} {step.planned.variant}" if step.planned else "–"
+        own = f"{step.planned.variant} of {step.planned.kernel}" if step.planned else "–"
         rows.append([step.number, longest, programs, parts, book.chosen(step), own])
     ran = any(book.paged_kernel(step) for step in decodes)
     head = (

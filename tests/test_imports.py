@@ -45,6 +45,10 @@ ROOMS = {
     "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
     "growing": (["errors", "events", "trace", "tracefile"], ["zstandard"]),
     "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
+    "learn": (
+        ["errors", "events", "hooks", "mini", "scenarios", "state", "trace", "tracefile"],
+        ["tomli", "tomllib"],
+    ),
     "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
     "export": (
         [
@@ -117,6 +121,7 @@ LATE = {
     "sidecar": ["export"],
     "plotting": ["matplotlib"],
     "pictures": ["matplotlib"],
+    "learn": ["matplotlib", "watchfiles"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
 #: Never at module level outside mini: they take seconds, and readers of traces have neither.
@@ -132,6 +137,8 @@ def room_of(name):
 def sources():
     """(room, path) of every module of the package, wherever it lies."""
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        if path.parent.name == "tasks":  # exercises: the reader's files, never imported here
+            continue
         yield room_of(path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")), path
     for room in ("patches", "scenarios"):
         for path in sorted((ROOT / room).rglob("*.py")):

@@ -17,9 +17,11 @@ VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
 #: Variables that begin with ``VTRACE_`` but are not options of the recorder.
 OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",
+    "VTRACE_LEARN_DIR": "folder for what `learn` remembers",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",
     "VTRACE_SOURCE_0_33": "folder of an unpacked vLLM 0.33 wheel, which the tests read",
+    "VTRACE_SOURCES": "folders of unpacked vLLM sources, by colons, for the tests of the source map",
 }
 
 

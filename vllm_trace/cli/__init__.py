@@ -18,6 +18,7 @@ from vllm_trace.cli import (
     bench,
     doctor,
     export,
+    learn,
     memory,
     pictures,
     record,
@@ -28,7 +29,7 @@ from vllm_trace.cli import (
 from vllm_trace.cli.parser import Parser
 from vllm_trace.errors import VllmTraceError
 
-MODULES = (run, record, traces, report, export, memory, bench, pictures, doctor)
+MODULES = (run, record, traces, report, export, learn, memory, bench, pictures, doctor)
 """In the order of ``--help``."""
 
 

@@ -1,0 +1,138 @@
+"""What the reader has done: one small JSON file in the user's data folder.
+
+``VTRACE_LEARN_DIR`` moves it; else ``$XDG_DATA_HOME/vllm-trace/learn``, else
+``~/.local/share/vllm-trace/learn``. The traces that steps were run for lie beside it. A file that
+cannot be read is kept aside and a new one begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vllm_trace.errors import UsageError
+
+SCHEMA = 1
+FILE = "progress.json"
+
+
+def folder() -> Path:
+    """Where the reader's things are kept."""
+    asked = os.environ.get("VTRACE_LEARN_DIR")
+    if asked:
+        return Path(asked).expanduser()
+    data = os.environ.get("XDG_DATA_HOME")
+    base = Path(data) if data and Path(data).is_absolute() else Path.home() / ".local" / "share"
+    return base / "vllm-trace" / "learn"
+
+
+@dataclass
+class Progress:
+    """Steps and exercises that were opened and passed, and the traces they were run for."""
+
+    path: Path
+    seed: int = 0
+    """The reader's own: makes the prompts of runs and picks questions."""
+    opened: dict[str, str] = field(default_factory=dict)
+    passed: dict[str, str] = field(default_factory=dict)
+    """Step or exercise → date."""
+    attempts: dict[str, int] = field(default_factory=dict)
+    """Times that a step was answered; each asks other questions."""
+    runs: dict[str, str] = field(default_factory=dict)
+    """Scenario → folder of its trace."""
+    exercises: dict[str, str] = field(default_factory=dict)
+    """Exercise → the reader's file."""
+    set_aside: str = ""
+    """Name under which a damaged file was kept, when it was now."""
+
+    @classmethod
+    def load(cls) -> Progress:
+        path = folder() / FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return cls(path, seed=random.SystemRandom().randrange(1, 10_000))
+        except (OSError, UnicodeDecodeError) as error:
+            return cls._begun_again(path, error)
+        try:
+            return cls(path, **_checked(json.loads(text)))
+        except (ValueError, TypeError, RecursionError) as error:
+            return cls._begun_again(path, error)
+
+    @classmethod
+    def _begun_again(cls, path: Path, error: Exception) -> Progress:
+        made = cls(path, seed=random.SystemRandom().randrange(1, 10_000))
+        aside, again = path.with_name(f"{FILE}.damaged"), 1
+        while aside.exists():
+            again += 1
+            aside = path.with_name(f"{FILE}.damaged-{again}")
+        try:
+            path.rename(aside)
+        except OSError:
+            raise UsageError(
+                f"{path} cannot be read: {error}", hint="Set VTRACE_LEARN_DIR to another folder"
+            ) from None
+        made.set_aside = str(aside)
+        return made
+
+    def save(self) -> None:
+        """Write the file whole or not at all.
+
+        Raises: ``UsageError`` when the folder cannot be written.
+        """
+        kept = {name: getattr(self, name) for name in _FIELDS}
+        beside = self.path.with_name(f".{FILE}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps({"schema": SCHEMA} | kept, indent=1), encoding="utf-8")
+            beside.replace(self.path)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.path.parent}: {error.strerror}",
+                hint="Set VTRACE_LEARN_DIR to a folder that can be written",
+            ) from None
+
+    def note_opened(self, name: str) -> None:
+        self.opened.setdefault(name, _now())
+        self.save()
+
+    def note_passed(self, name: str) -> None:
+        self.passed.setdefault(name, _now())
+        self.save()
+
+    def note_attempt(self, name: str) -> None:
+        self.attempts[name] = self.attempts.get(name, 0) + 1
+        self.save()
+
+    def seed_of(self, name: str) -> str:
+        """What the questions of a step are picked by; another one after each attempt that passed."""
+        return f"{self.seed}:{name}:{self.attempts.get(name, 0)}"
+
+
+_FIELDS = ("seed", "opened", "passed", "attempts", "runs", "exercises")
+
+
+def _checked(document: Any) -> dict[str, Any]:
+    """The fields of a progress file. Raises: ValueError when it is none."""
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError("not a progress file of this version")
+    made = {}
+    for name in _FIELDS:
+        value = document.get(name)
+        wanted = int if name == "seed" else dict
+        inside = int if name == "attempts" else str
+        if type(value) is not wanted:
+            raise ValueError(f"{name} is {value!r}")
+        if wanted is dict and not all(type(v) is inside for v in value.values()):
+            raise ValueError(f"{name} holds something else")
+        made[name] = value
+    return made
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec="seconds")

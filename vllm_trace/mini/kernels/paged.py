@@ -237,8 +237,8 @@ def paged_attention_v2(
 def _compiled(plan: Plan, query: Tensor, num_kv_heads: int) -> dict[str, int]:
     """What decides which program Triton makes, besides dtypes and layout.
 
-    Larger accumulators get more warps than the plan says, which is made for groups up to 16, heads up to 128 and 16 bits:
-    where registers run out, ptxas has been seen to make programs that compute wrongly.
+    Larger accumulators get more warps than the plan says, which is made for groups up to 16, heads up to 128 and 16
+    bits: where registers run out, ptxas has been seen to make programs that compute wrongly.
     """
     _, num_heads, head_size = query.shape
     group = num_heads // num_kv_heads

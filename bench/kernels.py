@@ -171,9 +171,9 @@ def _gpu_lines(figures: dict[str, Any]) -> list[str]:
         "",
         "## Decode, µs a call",
         "",
-        "bf16, 32 query heads, 8 KV heads, head size 128, block size 16. CUDA-graph timing; every call has block tables",
-        "of its own, from all over 8 GiB, so that 600 MB or more are read before a block is read again. `of copy`: bytes",
-        "of K and V, over the time of ours V2 and the copy rate. Ragged: log-normal, median 1200, sigma 1, at most 16384.",
+        "bf16, 32 query heads, 8 KV heads, head size 128, block size 16. CUDA-graph timing; every call has tables of its",
+        "own, from all over 8 GiB, so that 600 MB or more are read before a block is read again. `of copy`: bytes of",
+        "K and V, over the time of ours V2 and the copy rate. Ragged: log-normal, median 1200, sigma 1, up to 16384.",
         "",
         "| batch × context | " + " | ".join(columns) + " | cut | K/V MB | of copy |",
         "|---" * (len(columns) + 4) + "|",
@@ -190,8 +190,9 @@ def _gpu_lines(figures: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "*ours V2* is told the lengths on the host, as vLLM's metadata has them (`seq_lens_cpu`), and cuts alike",
-        "sequences alike; *ours V2 blind* knows the longest only. *FA3* plans in the call, as *ours* does; *FA3 planned*",
-        "was given its scheduler metadata. Share of the copy rate above 1: reading alone is faster than reading and writing.",
+        "sequences alike; *ours V2 blind* knows the longest only. *FA3* plans in the call, as *ours* does;",
+        "*FA3 planned* was given its scheduler metadata. A share of the copy rate above 1: reading alone is faster",
+        "than reading and writing.",
         f"Worst relative difference of any from ours V1, vLLM's ops left out (see kernels-grid.md): {worst:.1e}.",
     ]
     return lines

@@ -11,9 +11,11 @@ from typing import Any
 _CPU_ISA = {0: "amx", 1: "vec", 2: "vec16", 3: "neon", 4: "vxe", 5: "rvv", 6: "vsx"}
 
 
-def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]]:
-    """(kernel, variant, numbers) of one step's attention metadata."""
+def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]] | None:
+    """(kernel, variant, numbers) of one step's attention metadata; None where each call says it."""
     name = type(metadata).__name__
+    if name == "PagedMetadata":
+        return None
     numbers = {
         field: int(value)
         for field in ("num_actual_tokens", "max_query_len", "max_seq_len")

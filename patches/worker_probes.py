@@ -2,13 +2,16 @@
 
 The batch is copied while the model's forward context is set: the tables and slots are then the
 ones that the kernels receive. Facts of one step wait in ``rec.state`` until ``execute_model``
-returns, because only it knows the number of the step.
+returns, because only it knows the number of the step. On a GPU nothing here waits for the stream:
+copies go to pinned memory and times come from events on the stream, and the step is decoded at
+the first flush that finds the device past them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 from vllm_trace.events import (
     AttentionCalled,
@@ -19,6 +22,7 @@ from vllm_trace.events import (
     StepSampled,
     TableRowChanged,
 )
+from vllm_trace.device_clock import elapsed_ns, give_back, mark, passed
 from vllm_trace.hooks.table import probe
 from vllm_trace.patches.kernel_variants import plan_of
 from vllm_trace.recorder import Recorder
@@ -39,13 +43,11 @@ def step_executed(
     rec.rank = runner.vllm_config.parallel_config.rank
     step = getattr(out, "vtrace_step", 0)
     rec.state["executed_step"] = step
-    rec.state["gone"] = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
+    gone = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
     if forward is None or forward["started"] < started:
+        rec.state.setdefault("gone", []).extend(gone)
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
-    if forward["batch"] is not None:
-        _emit_batch(rec, step, runner, forward["batch"])
-    _emit_calls(rec, step, [call for call in calls if call[2] >= started])
-    return StepExecuted(
+    event = StepExecuted(
         step,
         started,
         ended - started,
@@ -56,11 +58,49 @@ def step_executed(
         forward["num_tokens_padded"],
         forward["mode"],
     )
+    calls = [call for call in calls if call.started_ns >= started]
+    batch = forward["batch"]
+    requests = rec.numbers_of(batch[0]) if batch is not None else []
+    values = (event, runner, requests, batch[1] if batch else (), calls, forward["marks"], gone)
+    marks = [*forward["marks"], *(one for call in calls for one in call.marks)]
+    if any(one is not None for one in marks):
+        rec.defer_until(lambda wait: passed(marks, wait), step_finished, *values)
+        return None
+    return step_finished(rec, *values)
 
 
-@probe()
-def model_forward(defer, started, ended, self):
-    defer(forward_done, started, ended, *read_context(), read_batch(self))
+def step_finished(
+    rec: Recorder,
+    event: StepExecuted,
+    runner: Any,
+    requests: list[int],
+    entries: Any,
+    calls: list[Call],
+    marks: tuple[Any, ...],
+    gone: list[int],
+) -> StepExecuted:
+    """The device is past the step: its tables and times can be read."""
+    rec.state.setdefault("gone", []).extend(gone)
+    _emit_batch(rec, event.step, runner, requests, entries)
+    rec.state["gone"] = []
+    _emit_calls(rec, event.step, calls, requests)
+    first, last, copied = marks
+    if first is not None and last is not None:
+        event.device_dur_ns = elapsed_ns(first, last)
+    give_back((first, last, copied))
+    return event
+
+
+def _mark_before(input_ids, inputs_embeds):
+    return mark(input_ids if input_ids is not None else inputs_embeds)
+
+
+@probe(before=_mark_before)
+def model_forward(defer, started, ended, seen, self, input_ids, inputs_embeds):
+    last = mark(input_ids if input_ids is not None else inputs_embeds)
+    batch = read_batch(self)
+    copied = mark(input_ids if input_ids is not None else inputs_embeds)
+    defer(forward_done, started, ended, *read_context(), batch, (seen, last, copied))
 
 
 @probe()
@@ -69,7 +109,13 @@ def model_forward_light(defer, started, ended):
 
 
 def forward_done(
-    rec: Recorder, started: int, ended: int, mode: str, num_tokens_padded: int, batch: Any
+    rec: Recorder,
+    started: int,
+    ended: int,
+    mode: str,
+    num_tokens_padded: int,
+    batch: Any,
+    marks: tuple[Any, ...] = (None, None, None),
 ) -> None:
     rec.state["forward"] = {
         "started": started,
@@ -77,6 +123,7 @@ def forward_done(
         "mode": mode,
         "num_tokens_padded": num_tokens_padded,
         "batch": batch,
+        "marks": marks,
     }
 
 
@@ -115,9 +162,10 @@ def step_executed_v2(
     if began < started:
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
     for group, given in forward.get("metadata", ()):
-        rec.emit(AttentionPlanned(step, group, *plan_of(given)))
-    _emit_calls(rec, step, [call for call in calls if call[2] >= started])
-    return StepExecuted(
+        plan = plan_of(given)
+        if plan is not None:
+            rec.emit(AttentionPlanned(step, group, *plan))
+    event = StepExecuted(
         step,
         started,
         ended - started,
@@ -128,6 +176,17 @@ def step_executed_v2(
         forward.get("num_tokens_padded", 0),
         forward.get("mode", ""),
     )
+    calls = [call for call in calls if call.started_ns >= started]
+    marks = [one for call in calls for one in call.marks]
+    if any(one is not None for one in marks):
+        rec.defer_until(lambda wait: passed(marks, wait), step_finished_v2, event, calls)
+        return None
+    return step_finished_v2(rec, event, calls)
+
+
+def step_finished_v2(rec: Recorder, event: StepExecuted, calls: list[Call]) -> StepExecuted:
+    _emit_calls(rec, event.step, calls, [])
+    return event
 
 
 @probe()
@@ -207,15 +266,24 @@ def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
 
     context = get_forward_context()
     metadata = context.attn_metadata
+    names = list(runner.input_batch.req_ids)
     entries: dict[int, tuple[Any, ...]] = {}
     for by_layer in metadata if isinstance(metadata, list) else [metadata]:
         for layer, given in (by_layer or {}).items():
             if id(given) in entries or not hasattr(given, "block_table"):
                 continue
-            slots = _slots(context, layer, given)
-            tensors = (given.block_table, slots, given.seq_lens, given.query_start_loc)
+            tensors = _parts(len(names), given, _slots(context, layer, given))
             entries[id(given)] = (layer, given, *(host_copy(t) for t in tensors))
-    return list(runner.input_batch.req_ids), list(entries.values())
+    return names, list(entries.values())
+
+
+def _parts(num_rows: int, given: Any, slots: Any) -> tuple[Any, Any, Any, Any]:
+    """What is worth copying: on a GPU only the part that this step uses, not the whole buffer."""
+    table, lens, starts = given.block_table, given.seq_lens, given.query_start_loc
+    if table.is_cuda:
+        table, lens, starts = table[:num_rows], lens[:num_rows], starts[: num_rows + 1]
+        slots = slots[: given.num_actual_tokens]
+    return table, slots, lens, starts
 
 
 def _slots(context: Any, layer: str, given: Any) -> Any:
@@ -224,18 +292,26 @@ def _slots(context: Any, layer: str, given: Any) -> Any:
 
 
 def host_copy(tensor: Any) -> Any:
-    """A numpy copy. On a GPU this waits for the stream; a device trace uses pinned copies."""
-    return tensor.detach().cpu().numpy().copy()
+    """A copy on the host: there when the call returns, or when the stream is past it."""
+    if not tensor.is_cuda:
+        return tensor.detach().cpu().numpy().copy()
+    torch = sys.modules["torch"]
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor.detach(), non_blocking=True)
 
 
-def _emit_batch(rec: Recorder, step: int, runner: Any, batch: Any) -> None:
-    names, entries = batch
-    requests = rec.numbers_of(names)
-    for layer, given, table, slots, seq_lens, starts in entries:
+def as_array(copy: Any) -> Any:
+    """A finished copy as a numpy array."""
+    return copy.numpy() if hasattr(copy, "numpy") else copy
+
+
+def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entries: Any) -> None:
+    for layer, given, *copies in entries:
+        table, slots, seq_lens, starts = map(as_array, copies)
         group, block_size, kernel_block_size = _sizes(rec, runner, layer)
-        lens = seq_lens[: len(names)].tolist()
+        lens = seq_lens[: len(requests)].tolist()
         _emit_rows(rec, step, group, requests, lens, table, kernel_block_size)
-        query_lens = (starts[1 : len(names) + 1] - starts[: len(names)]).tolist()
+        query_lens = (starts[1 : len(requests) + 1] - starts[: len(requests)]).tolist()
         rec.emit(
             SlotsMapped(
                 step,
@@ -248,8 +324,9 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, batch: Any) -> None:
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        kernel, variant, numbers = plan_of(given)
-        rec.emit(AttentionPlanned(step, group, kernel, variant, numbers))
+        plan = plan_of(given)
+        if plan is not None:
+            rec.emit(AttentionPlanned(step, group, *plan))
 
 
 def _sizes(rec: Recorder, runner: Any, layer: str) -> tuple[int, int, int]:
@@ -302,23 +379,125 @@ def _emit_rows(
 # Attention ------------------------------------------------------------------------------
 
 
+class Call(NamedTuple):
+    """One attention call, or one kernel of it."""
+
+    kernel: str
+    layer: Any
+    started_ns: int
+    dur_ns: int
+    marks: tuple[Any, Any] = (None, None)
+    found: Any = None
+    """What the shadow computed for the whole batch (``vllm_trace.backend.shadow.Found``)."""
+    rows: tuple[int, int] = (0, 1 << 30)
+    """Rows of the batch that this kernel computed: first and last-but-one."""
+    plan: Any = None
+    """(variant, numbers, reason), where the call itself chose."""
+
+
 @probe()
-def attention_forward(defer, started, ended, self, layer, attn_metadata):
+def attention_forward(
+    defer, recorder, started, ended, self, layer, query, kv_cache, attn_metadata, output
+):
     if attn_metadata is not None:
-        defer(attention_called, type(self), layer, started, ended)
+        if recorder.shadow is None:
+            defer(attention_called, type(self), layer, started, ended)
+        else:
+            found = recorder.shadow(self, layer, query, kv_cache, attn_metadata, output)
+            defer(attention_called, type(self), layer, started, ended, (None, None), found)
 
 
-def attention_called(rec: Recorder, impl: type, layer: Any, started: int, ended: int) -> None:
-    rec.state.setdefault("calls", []).append((impl.__name__, layer, started, ended - started))
+def _mark_query(query):
+    return mark(query)
 
 
-def _emit_calls(rec: Recorder, step: int, calls: list[tuple[str, Any, int, int]]) -> None:
-    by_impl: dict[str, list[tuple[str, Any, int, int]]] = {}
+@probe(before=_mark_query)
+def attention_forward_on_device(
+    defer, recorder, started, ended, seen, self, layer, query, kv_cache, attn_metadata, output
+):
+    if attn_metadata is not None:
+        marks = (seen, mark(query))
+        if recorder.shadow is None:
+            defer(attention_called, type(self), layer, started, ended, marks)
+        else:
+            found = recorder.shadow(self, layer, query, kv_cache, attn_metadata, output)
+            defer(attention_called, type(self), layer, started, ended, marks, found)
+
+
+def attention_called(
+    rec: Recorder,
+    impl: type,
+    layer: Any,
+    started: int,
+    ended: int,
+    marks: tuple[Any, Any] = (None, None),
+    found: Any = None,
+) -> None:
+    call = Call(impl.__name__, layer, started, ended - started, marks, found)
+    rec.state.setdefault("calls", []).append(call)
+
+
+def paged_forward(rec: Recorder, *forward: Any) -> None:
+    """What our own backend did in one forward (``vllm_trace.backend.calls.Observer``)."""
+    *seen, made = forward
+    found = rec.shadow(*seen) if rec.shadow is not None else None
+    rec.defer(paged_called, seen[1], made, found)
+
+
+def paged_called(rec: Recorder, layer: Any, made: list[Any], found: Any) -> None:
+    for one in made:
+        plan = (one.variant, one.numbers, one.reason)
+        call = Call(one.kernel, layer, one.started_ns, one.dur_ns, one.marks, found, one.rows, plan)
+        rec.state.setdefault("calls", []).append(call)
+
+
+def _emit_calls(rec: Recorder, step: int, calls: list[Call], requests: list[int]) -> None:
+    by_kernel: dict[str, list[Call]] = {}
     for call in calls:
-        by_impl.setdefault(call[0], []).append(call)
-    for impl, some in by_impl.items():
-        layers = [layer_index(getattr(call[1], "layer_name", "")) for call in some]
-        rec.emit(AttentionCalled(step, impl, layers, [c[2] for c in some], [c[3] for c in some]))
+        by_kernel.setdefault(call.kernel, []).append(call)
+    for kernel, some in by_kernel.items():
+        layers = [layer_index(getattr(call.layer, "layer_name", "")) for call in some]
+        _emit_choices(rec, step, some, layers)
+        event = AttentionCalled(step, kernel, layers, [c.started_ns for c in some], [])
+        on_device = all(call.marks[0] is not None for call in some)
+        event.clock = "cuda" if on_device else "host"
+        event.dur_ns = [elapsed_ns(*c.marks) if on_device else c.dur_ns for c in some]
+        if some[0].found is not None:
+            _add_errors(event, some, requests)
+        rec.emit(event)
+        for call in some:
+            give_back(call.marks)
+
+
+def _emit_choices(rec: Recorder, step: int, calls: list[Call], layers: list[int]) -> None:
+    """Calls that chose for themselves: one event for all layers that chose alike."""
+    alike: list[tuple[Any, list[int]]] = []
+    for call, layer in zip(calls, layers, strict=True):
+        if call.plan is None:
+            continue
+        if alike and alike[-1][0] == call.plan:
+            alike[-1][1].append(layer)
+        else:
+            alike.append((call.plan, [layer]))
+    for (variant, numbers, reason), some in alike:
+        rec.emit(AttentionPlanned(step, 0, calls[0].kernel, variant, numbers, some, reason))
+
+
+def _add_errors(event: AttentionCalled, calls: list[Call], requests: list[int]) -> None:
+    """What the shadow found: of each layer the row with the largest relative error."""
+    event.tolerance = calls[0].found.tolerance
+    for call in calls:
+        first, end = call.rows
+        worst = max(call.found.rows[first:end], key=lambda row: row.relative, default=None)
+        if worst is not None:
+            request = requests[worst.row] if worst.row < len(requests) else -1
+            event.worst.append((worst.absolute, worst.relative, request, worst.position))
+        beyond = call.found.beyond
+        if beyond and first <= beyond["row"] < end:
+            row = beyond["row"]
+            request = requests[row] if row < len(requests) else -1
+            layer = layer_index(getattr(call.layer, "layer_name", ""))
+            event.beyond = beyond | {"request": request, "layer": layer}
 
 
 def layer_index(name: str) -> int:
@@ -337,7 +516,8 @@ def attention_made(defer, self):
 
 def backend_selected(rec: Recorder, layer: Any) -> BackendSelected:
     backend = layer.attn_backend
-    name = backend.get_name()
+    ours = getattr(backend, "trace_name", None)
+    name = ours() if ours is not None else backend.get_name()
     candidates = list(rec.state.get("candidates", ()))
     if name not in [candidate[0] for candidate in candidates]:
         candidates.append((name, ""))

@@ -10,12 +10,14 @@ from pathlib import Path
 from vllm_trace.errors import UsageError, unknown
 
 LEVELS = ("light", "full")
+ATTENTIONS = ("engine", "paged", "paged:vllm")
 
 #: Variables that begin with ``VTRACE_`` but are not options of the recorder.
 OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",
+    "VTRACE_SOURCE_0_20": "folder of an unpacked vLLM 0.20.2 wheel, which the tests read",
     "VTRACE_SOURCE_0_33": "folder of an unpacked vLLM 0.33 wheel, which the tests read",
 }
 
@@ -38,6 +40,12 @@ class Options:
     """Refuse to trace when a hooked function's source is not the one that was reviewed."""
     failures: int = 100
     """A probe that failed this often is taken off."""
+    attention: str = "engine"
+    """``engine``: vLLM's own attention. ``paged``: ours stands in, ``paged:vllm`` with vLLM's ops."""
+    shadow: bool = False
+    """Compute every attention call a second time, from scratch, and keep the worst error."""
+    copy_rate: int = 0
+    """Bytes a second that a copy moves on this device, for the share that kernels reach of it."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Options:
@@ -60,6 +68,10 @@ class Options:
         """Return self. Raises: ``UsageError`` when a value is not one that exists."""
         if self.level not in LEVELS:
             raise unknown("level", self.level, LEVELS)
+        if self.attention not in ATTENTIONS:
+            raise unknown("attention", self.attention, ATTENTIONS)
+        if self.shadow and self.level != "full":
+            raise UsageError("shadow needs level full", hint="Leave --level light out")
         return self
 
     def to_environment(self) -> dict[str, str]:

@@ -67,9 +67,15 @@ def quiet_environment(threads: int = 1) -> dict[str, str]:
 
 
 def start_engine(
-    scenario: Scenario, *, model: str = "", engine_args: Mapping[str, Any] | None = None
+    scenario: Scenario,
+    *,
+    model: str = "",
+    engine_args: Mapping[str, Any] | None = None,
+    attention: str = "engine",
 ) -> tuple[Any, list[str]]:
     """Make the ``vllm.LLM`` of a scenario. Returns it with notes.
+
+    ``attention``: ``engine`` for vLLM's own, ``paged`` or ``paged:vllm`` for `vllm_trace.backend`.
 
     Raises: ``EngineError`` with vLLM's own words when it does not start, ``UsageError`` for an
     engine argument that does not exist.
@@ -94,9 +100,11 @@ def start_engine(
     model = model or str(asked.get("model") or scenario.engine["model"])
     folder = _model_folder(model)
     arguments, notes = fit_to_platform(
-        STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked
+        STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
     arguments["model"] = folder
+    if attention != "engine":
+        _check_attention(attention, arguments)
     if int(arguments.get("tensor_parallel_size", 1)) > 1:
         # Several workers on one NUMA node: vLLM wants to be told that this is meant.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -111,13 +119,36 @@ def start_engine(
     return llm, notes
 
 
-def fit_to_platform(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _check_attention(attention: str, arguments: dict[str, Any]) -> None:
+    """Raise ``UsageError`` for what our backend cannot do, before an engine is made."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_trace.backend.support import demand
+
+    known = {name: v for name, v in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    try:
+        with _no_gc():
+            config = EngineArgs(**known).create_engine_config()
+    except Exception as error:
+        raise EngineError(
+            f"vLLM does not take this configuration: {error}",
+            hint=f"Engine arguments: {arguments}",
+        ) from error
+    demand(attention, config)
+
+
+def fit_to_platform(
+    arguments: dict[str, Any], attention: str = "engine"
+) -> tuple[dict[str, Any], list[str]]:
     """Change what this platform's attention cannot do, and say so."""
     from vllm.platforms import current_platform
 
-    notes = []
+    notes: list[str] = []
     asked = arguments.get("block_size")
-    if asked and current_platform.is_cpu():
+    if attention != "engine":
+        if not current_platform.is_cpu():
+            arguments["attention_backend"] = "CUSTOM"
+    elif asked and current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()

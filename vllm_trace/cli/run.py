@@ -18,6 +18,7 @@ from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
 from vllm_trace.cli.printing import print_json, print_text
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
+from vllm_trace.options import ATTENTIONS, Options
 
 
 def add(verb: AddVerb) -> None:
@@ -26,6 +27,14 @@ def add(verb: AddVerb) -> None:
     run.add_argument("--model", default="", help="a folder or hub name instead of the tiny model")
     run.add_argument(
         "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
+    )
+    run.add_argument(
+        "--attention",
+        default="",
+        help=f"{', '.join(ATTENTIONS)}: who computes it (default: engine)",
+    )
+    run.add_argument(
+        "--shadow", action="store_true", help="compute each attention call again, from scratch"
     )
     run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
     recording_flags(run)
@@ -39,11 +48,14 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = scenario.load(arguments.scenario)
     options = recording_options(arguments)
     engine_args = parse_engine_args(arguments.engine_arg)
+    if arguments.attention:
+        options = replace(options, attention=arguments.attention)
+    options = replace(options, shadow=options.shadow or arguments.shadow).checked()
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()))
     os.environ |= options.to_environment()
     try:
-        outcome = _drive(chosen, run.folder, arguments.model, engine_args)
+        outcome = _drive(chosen, run.folder, arguments.model, engine_args, options)
     except BaseException as error:
         run.discard(keep_log=isinstance(error, EngineError))
         raise
@@ -86,7 +98,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return max(1 if failures else 0, code_of(replays))
 
 
-def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:
+def _drive(
+    chosen: Any, folder: Path, model: str, engine_args: dict[str, Any], options: Options
+) -> Any:
     """Start the engine, run the workload, close the trace; vLLM's own words go to a file."""
     from vllm_trace import hooks, runner
 
@@ -96,7 +110,9 @@ def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -
     try:
         with runner.output_to(log) as last_words, progress:
             try:
-                llm, notes = runner.start_engine(chosen, model=model, engine_args=engine_args)
+                llm, notes = runner.start_engine(
+                    chosen, model=model, engine_args=engine_args, attention=options.attention
+                )
             except EngineError as error:
                 raise EngineError(f"{error}\n{last_words()}".strip(), hint=error.hint) from None
             started = time.monotonic_ns()

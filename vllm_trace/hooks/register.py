@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from vllm_trace.errors import HookError, VllmTraceError
 from vllm_trace.hooks.install import Installation, install
@@ -36,6 +38,7 @@ def register() -> None:
             return
         strict = options.strict
         attach(options)
+        _prepare_attention(options)
     except VllmTraceError as error:
         print(f"vllm-trace: not tracing: {error}\n  {error.hint}", file=sys.stderr, flush=True)
         if strict:
@@ -73,12 +76,37 @@ def attach(options: Options) -> Recorder:
     return made
 
 
+def _prepare_attention(options: Options) -> None:
+    """Our attention backend and the shadow, where they were asked for."""
+    from vllm_trace.backend import calls, register_backend
+    from vllm_trace.patches.worker_probes import paged_forward
+
+    register_backend(options.attention)
+    assert _active is not None
+    made = _active[0]
+    if options.attention != "engine":
+        calls.observe(lambda *forward: _observed(made, paged_forward, forward))
+    if options.shadow:
+        from vllm_trace.backend.shadow import Shadow
+
+        made.shadow = Shadow(options.dir)
+
+
+def _observed(made: Recorder, read: Callable[..., None], forward: tuple[Any, ...]) -> None:
+    try:
+        read(made, *forward)
+    except Exception as error:
+        made.probe_failed("the paged backend", error)
+
+
 def detach() -> list[str]:
     """Restore the original functions and close the trace. Returns what could not be restored."""
     global _active
     if _active is None:
         return []
     (made, installation), _active = _active, None
+    if calls := sys.modules.get("vllm_trace.backend.calls"):
+        calls.observe(None)
     said = installation.undo()
     made.close()
     return said

@@ -13,6 +13,7 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from vllm_trace.device_clock import elapsed_ns, give_back, mark, passed
 from vllm_trace.events import (
     AttentionCalled,
     AttentionPlanned,
@@ -22,7 +23,6 @@ from vllm_trace.events import (
     StepSampled,
     TableRowChanged,
 )
-from vllm_trace.device_clock import elapsed_ns, give_back, mark, passed
 from vllm_trace.hooks.table import probe
 from vllm_trace.patches.kernel_variants import plan_of
 from vllm_trace.recorder import Recorder

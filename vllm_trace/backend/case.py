@@ -205,7 +205,15 @@ class AttentionCase:
 
         tensors = {
             name: getattr(self, name).contiguous()
-            for name in ("query", "output", "key_blocks", "value_blocks", "block_ids", "table", "slots")
+            for name in (
+                "query",
+                "output",
+                "key_blocks",
+                "value_blocks",
+                "block_ids",
+                "table",
+                "slots",
+            )
         }
         if self.alibi_slopes is not None:
             tensors["alibi_slopes"] = self.alibi_slopes.contiguous()
@@ -235,7 +243,8 @@ class AttentionCase:
             raise TraceError(f"{path} cannot be read: {error}") from None
         if text is None:
             raise TraceError(
-                f"{path} is no saved attention call", hint="run SCENARIO --shadow saves the first bad one"
+                f"{path} is no saved attention call",
+                hint="run SCENARIO --shadow saves the first bad one",
             )
         try:
             facts = json.loads(text)
@@ -256,7 +265,9 @@ class AttentionCase:
             places = self.table[row, : -(-length // self.block_size)]
             if length < 0 or len(places) * self.block_size < length:
                 raise ValueError(f"row {row} has {length} tokens and a shorter table")
-            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self.block_ids):
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(
+                self.block_ids
+            ):
                 raise ValueError(f"row {row} names a block that is not there")
         return self
 

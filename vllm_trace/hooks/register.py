@@ -71,6 +71,8 @@ def attach(options: Options) -> Recorder:
     made = Recorder(options)
     installation = install(rows, made)
     made.notes = notes(source, rows, installation)
+    if options.copy_rate:
+        made.notes["copy_rate"] = options.copy_rate
     _warn(source.version, rows, installation, made)
     _active = (made, installation)
     return made

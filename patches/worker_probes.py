@@ -337,9 +337,12 @@ def _sizes(rec: Recorder, runner: Any, layer: str) -> tuple[int, int, int]:
         index = next(i for i, group in enumerate(groups) if layer in group.layer_names)
         block_size = groups[index].kv_cache_spec.block_size
         kernel = block_size
+        sizes = getattr(runner, "_kernel_block_sizes", None)  # 0.20
+        if sizes is not None and index < len(sizes):
+            kernel = sizes[index]
         for attention_group in runner.attn_groups[index]:
             if layer in attention_group.layer_names:
-                kernel = getattr(attention_group, "kernel_block_size", None) or block_size
+                kernel = getattr(attention_group, "kernel_block_size", None) or kernel
         known[layer] = (index, block_size, kernel)
     return known[layer]
 
@@ -533,7 +536,8 @@ def backend_selected(rec: Recorder, layer: Any) -> BackendSelected:
             "head_size": layer.head_size,
             "kv_cache_dtype": str(layer.kv_cache_dtype),
             "block_sizes": [_size_rule(size) for size in sizes],
-        },
+        }
+        | ({"asked_for": True} if rec.state.get("asked_for") else {}),
     )
 
 
@@ -554,6 +558,34 @@ def cpu_candidates(rec: Recorder, asked: Any, path: str) -> None:
     rejected = f"Cannot use {name} backend on CPU."
     chosen = "CPU_MLA" if "mla" in path.lower() else "CPU_ATTN"
     rec.state["candidates"] = [(name, rejected)] if name and name != chosen else []
+
+
+@probe()
+def cuda_backend_chosen(defer, selected_backend):
+    defer(cuda_backend_asked, selected_backend)
+
+
+def cuda_backend_asked(rec: Recorder, asked: Any) -> None:
+    """A backend that the user names is taken if it is valid: no other one is looked at."""
+    rec.state["asked_for"] = asked is not None
+    if asked is not None:
+        rec.state["candidates"] = []
+
+
+@probe()
+def cuda_backends_ranked_0_20(defer, result):
+    defer(cuda_candidates_0_20, result)
+
+
+def cuda_candidates_0_20(
+    rec: Recorder, result: tuple[list[tuple[Any, int]], dict[Any, tuple[int, list[str]]]]
+) -> None:
+    """0.20 gives pairs of backend and priority."""
+    valid, invalid = result
+    ranked = [(p, backend.name, "; ".join(reasons)) for backend, (p, reasons) in invalid.items()]
+    for place, (backend, priority) in enumerate(sorted(valid, key=lambda pair: pair[1])):
+        ranked.append((priority, backend.name, "" if place == 0 else "valid, of lower priority"))
+    rec.state["candidates"] = [(name, why) for _, name, why in sorted(ranked)]
 
 
 @probe()

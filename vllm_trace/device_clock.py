@@ -19,7 +19,7 @@ MAX_FREE = 4096
 
 def mark(tensor: Any) -> Any:
     """A mark after everything that was launched on the tensor's device so far, or None."""
-    if not tensor.is_cuda:
+    if tensor is None or not tensor.is_cuda:
         return None
     cuda = sys.modules["torch"].cuda
     if cuda.is_current_stream_capturing():

@@ -116,6 +116,8 @@ def _why(backend: dict[str, Any]) -> str:
         why = f"chosen before {why}"
     elif backend["backend"].startswith("CPU"):
         why = "the only one that the CPU platform has"
+    elif backend["settings"].get("asked_for") or backend["backend"].startswith("PAGED"):
+        why = "asked for"
     else:
         why = "the first that was valid"
     kinds = f"; takes blocks of {sizes}" if sizes else ""

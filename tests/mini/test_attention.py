@@ -4,7 +4,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: mini's attention cannot run")
 
-from vllm_trace.mini import attention  # noqa: E402
 from vllm_trace.mini.attention import (  # noqa: E402
     context_attention_fwd,
     copy_blocks,
@@ -18,6 +17,7 @@ from vllm_trace.mini.attention import (  # noqa: E402
     to_kernel_layout,
     use_v1,
 )
+from vllm_trace.mini.attention import decode as decode_module  # noqa: E402
 
 HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}  # query heads, KV heads
 CLOSE = dict(atol=2e-6, rtol=1e-5)
@@ -188,7 +188,9 @@ def test_rule(num_seqs, num_heads, max_seq_len, expected, monkeypatch):
 
     called = []
     for name in ("paged_attention_v1", "paged_attention_v2"):
-        monkeypatch.setattr(attention, name, lambda *arguments, name=name: called.append(name))
+        monkeypatch.setattr(
+            decode_module, name, lambda *arguments, name=name, **options: called.append(name)
+        )
     forward_decode(
         torch.empty(num_seqs, num_heads, 8), None, None, None, torch.tensor([1, max_seq_len]), 1.0
     )

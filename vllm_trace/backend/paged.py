@@ -116,76 +116,59 @@ class MiniEngine:
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = device.type == "cuda"
-        self.module: ModuleType = mini_attention
+        self.modules: list[ModuleType] = [mini_attention]
         if self.on_device:
             from vllm_trace.mini import kernels
 
-            self.module = kernels
+            self.modules.insert(0, kernels)
+
+    def _module(self, function: str) -> ModuleType:
+        return next(module for module in self.modules if hasattr(module, function))
 
     def kernel(self, variant: str) -> str:
-        module = "mini.kernels" if self.on_device else "mini"
         names = {"V1": "paged_attention_v1", "V2": "paged_attention_v2"}
-        return f"{module}.{names.get(variant, 'context_attention_fwd')}"
+        function = names.get(variant, "context_attention_fwd")
+        module = "mini" if self._module(function) is mini_attention else "mini.kernels"
+        return f"{module}.{function}"
 
-    def _scales(self, layer: Any) -> tuple[Any, Any]:
-        if self.on_device:
-            return layer._k_scale, layer._v_scale  # the float would have to be fetched
-        return layer._k_scale_float, layer._v_scale_float
+    def _call(self, function: str, layer: Any, shape: Shape, *given: Any, **more: Any) -> None:
+        """Call a kernel of ours; the scales of an 8-bit cache go between what is given and the keywords."""
+        # On a device the float of a scale would have to be fetched.
+        scales = (
+            (layer._k_scale, layer._v_scale)
+            if self.on_device
+            else (layer._k_scale_float, layer._v_scale_float)
+        )
+        getattr(self._module(function), function)(*given, *scales, **more)
 
     def write(
         self, layer: Any, shape: Shape, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
     ) -> None:
-        self.module.reshape_and_cache(
-            key, value, *split_cache(kv_cache, shape), slots, *self._scales(layer)
-        )
+        caches = split_cache(kv_cache, shape)
+        # On a device looking at the slots would wait for the stream.
+        self._call(
+            "reshape_and_cache", layer, shape, key, value, *caches, slots,
+            validate=not self.on_device,
+        )  # fmt: skip
 
     def decode(
-        self,
-        layer: Any,
-        shape: Shape,
-        variant: str,
-        query: Tensor,
-        kv_cache: Tensor,
-        rows: Rows,
-        out: Tensor,
+        self, layer: Any, shape: Shape, variant: str, query: Tensor, kv_cache: Tensor, rows: Rows, out: Tensor
     ) -> None:
-        function = (
-            self.module.paged_attention_v1 if variant == "V1" else self.module.paged_attention_v2
-        )
-        extras = shape.extras()
-        if self.on_device:
-            extras |= {"out": out, "max_seq_len": rows.max_seq_len}
-        made = function(
-            query,
-            *split_cache(kv_cache, shape),
-            rows.block_table,
-            rows.seq_lens,
-            shape.scale,
-            *self._scales(layer),
-            **extras,
-        )
-        if made.data_ptr() != out.data_ptr():
-            out.copy_(made)
+        name = "paged_attention_v1" if variant == "V1" else "paged_attention_v2"
+        self._call(
+            name, layer, shape, query, *split_cache(kv_cache, shape), rows.block_table, rows.seq_lens, shape.scale,
+            out=out, max_seq_len=rows.max_seq_len, validate=not self.on_device, **shape.extras(),
+        )  # fmt: skip
 
     def prefill(
         self, layer: Any, shape: Shape, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
         rows: Rows, out: Tensor,
     ) -> None:  # fmt: skip
-        extras = shape.extras()
-        if self.on_device:
-            extras |= {"out": out, "max_query_len": rows.max_query_len}
-        made = self.module.context_attention_fwd(
-            query,
-            *split_cache(kv_cache, shape),
-            rows.block_table,
-            rows.query_start_loc,
-            rows.seq_lens,
-            shape.scale,
-            *self._scales(layer),
-            **extras,
-        )
-        if made.data_ptr() != out.data_ptr():
-            out.copy_(made)
+        self._call(
+            "context_attention_fwd", layer, shape, query, *split_cache(kv_cache, shape), rows.block_table,
+            rows.query_start_loc, rows.seq_lens, shape.scale,
+            out=out, max_query_len=rows.max_query_len, validate=not self.on_device, **shape.extras(),
+        )  # fmt: skip
 
 
 class VllmEngine:

@@ -10,7 +10,7 @@ BLOCK_SIZES = {"mini": (8, 16, 32, 64, 128, 256), "vllm": (8, 16, 32)}
 """Tokens in a block, by engine. V2 wants blocks that divide its partitions of 512."""
 
 HEAD_SIZES = {
-    "mini": (32, 64, 80, 96, 112, 120, 128, 160, 192, 224, 256),
+    "mini": tuple(range(8, 257, 8)),
     "vllm": (32, 64, 80, 96, 112, 120, 128, 192, 256),
 }
 
@@ -57,7 +57,7 @@ def _against_shape(engine: str, config: Any) -> list[str]:
     model, cache, said = config.model_config, config.cache_config, []
     head_size = model.get_head_size()
     if head_size not in HEAD_SIZES[engine]:
-        said.append(f"head size {head_size} is not supported ({_listed(HEAD_SIZES[engine])})")
+        said.append(f"head size {head_size} is not supported ({_listed(_sizes(engine))})")
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         said.append(f"dtype {dtype} is not supported ({_listed(DTYPES)})")
@@ -105,6 +105,10 @@ def _against_ops() -> list[str]:
         f"the {build} build of vLLM {vllm.__version__} has no {' and no '.join(gone)} (they are in CUDA builds up to "
         "0.20.x; --attention paged brings its own)"
     ]
+
+
+def _sizes(engine: str) -> tuple[int | str, ...]:
+    return ("multiples of 8 from 8 to 256",) if engine == "mini" else HEAD_SIZES[engine]
 
 
 def _listed(values: Any) -> str:

@@ -152,7 +152,14 @@ class MiniEngine:
         )  # fmt: skip
 
     def decode(
-        self, layer: Any, shape: Shape, variant: str, query: Tensor, kv_cache: Tensor, rows: Rows, out: Tensor
+        self,
+        layer: Any,
+        shape: Shape,
+        variant: str,
+        query: Tensor,
+        kv_cache: Tensor,
+        rows: Rows,
+        out: Tensor,
     ) -> None:
         name = "paged_attention_v1" if variant == "V1" else "paged_attention_v2"
         self._call(

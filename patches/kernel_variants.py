@@ -11,8 +11,13 @@ from typing import Any
 _CPU_ISA = {0: "amx", 1: "vec", 2: "vec16", 3: "neon", 4: "vxe", 5: "rvv", 6: "vsx"}
 
 
-def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]] | None:
-    """(kernel, variant, numbers) of one step's attention metadata; None where each call says it."""
+def plan_of(
+    metadata: Any, splits: list[int] | None = None
+) -> tuple[str, str, dict[str, int]] | None:
+    """(kernel, variant, numbers) of one step's attention metadata; None where each call says it.
+
+    ``splits``: of each row, where a plan on the device holds them.
+    """
     name = type(metadata).__name__
     if name == "PagedMetadata":
         return None
@@ -25,6 +30,9 @@ def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]] | None:
     if reader is None:
         return name.removesuffix("Metadata"), "", numbers
     kernel, variant, more = reader(metadata)
+    if splits and all(1 <= count <= 256 for count in splits):
+        variant = "1 split" if max(splits) == 1 else "splits"
+        more |= {"min_splits": min(splits), "max_splits": max(splits)}
     return kernel, variant, numbers | more
 
 

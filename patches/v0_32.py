@@ -212,6 +212,7 @@ WORKER_HOOKS = (
         emits="attention.called",
         platform="cuda",
         without="FlashInfer kernels have no time",
+        needs="flashinfer",
     ),
 )
 

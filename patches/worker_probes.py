@@ -260,7 +260,7 @@ def read_context() -> tuple[str, int]:
 def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Copy what the kernels are about to get: one entry for each distinct metadata object.
 
-    An entry is (first layer, metadata, block table, slots, sequence lengths, query starts).
+    An entry is (first layer, metadata, planned splits, block table, slots, sequence lengths, query starts).
     """
     from vllm.forward_context import get_forward_context
 
@@ -273,7 +273,8 @@ def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
             if id(given) in entries or not hasattr(given, "block_table"):
                 continue
             tensors = _parts(len(names), given, _slots(context, layer, given))
-            entries[id(given)] = (layer, given, *(host_copy(t) for t in tensors))
+            splits = _planned_splits(len(names), given)
+            entries[id(given)] = (layer, given, splits, *(host_copy(t) for t in tensors))
     return names, list(entries.values())
 
 
@@ -291,6 +292,18 @@ def _slots(context: Any, layer: str, given: Any) -> Any:
     return slots if slots is not None else context.slot_mapping[layer]
 
 
+def _planned_splits(num_rows: int, given: Any) -> Any:
+    """FlashAttention 3 ahead of time: a copy of the number of splits of each row, or None.
+
+    Source: ``prepare_varlen_num_blocks`` of vllm-project/flash-attention (hopper/flash_api.cpp): with at most 992 rows
+    the plan begins with one number for each row, padded to four.
+    """
+    plan = getattr(given, "scheduler_metadata", None)
+    if plan is None or not plan.is_cuda or not num_rows <= 992 or plan.numel() <= num_rows:
+        return None
+    return host_copy(plan[:num_rows])
+
+
 def host_copy(tensor: Any) -> Any:
     """A copy on the host: there when the call returns, or when the stream is past it."""
     if not tensor.is_cuda:
@@ -306,7 +319,7 @@ def as_array(copy: Any) -> Any:
 
 
 def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entries: Any) -> None:
-    for layer, given, *copies in entries:
+    for layer, given, splits, *copies in entries:
         table, slots, seq_lens, starts = map(as_array, copies)
         group, block_size, kernel_block_size = _sizes(rec, runner, layer)
         lens = seq_lens[: len(requests)].tolist()
@@ -324,7 +337,7 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entr
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        plan = plan_of(given)
+        plan = plan_of(given, None if splits is None else as_array(splits).tolist())
         if plan is not None:
             rec.emit(AttentionPlanned(step, group, *plan))
 
@@ -514,17 +527,17 @@ def layer_index(name: str) -> int:
 
 @probe()
 def attention_made(defer, self):
-    defer(backend_selected, self)
+    # Now: a backend may ask vLLM's current configuration for its block sizes.
+    defer(backend_selected, self, self.attn_backend.get_supported_kernel_block_sizes())
 
 
-def backend_selected(rec: Recorder, layer: Any) -> BackendSelected:
+def backend_selected(rec: Recorder, layer: Any, sizes: Any) -> BackendSelected:
     backend = layer.attn_backend
     ours = getattr(backend, "trace_name", None)
     name = ours() if ours is not None else backend.get_name()
     candidates = list(rec.state.get("candidates", ()))
     if name not in [candidate[0] for candidate in candidates]:
         candidates.append((name, ""))
-    sizes = getattr(backend, "get_supported_kernel_block_sizes", tuple)()
     return BackendSelected(
         layer=layer.layer_name,
         backend=name,

@@ -66,6 +66,7 @@ def attach(options: Options) -> Recorder:
         raise HookError("vLLM is not installed here", hint="pip install vllm, or make demo")
     table = choose(TABLES, source.version)
     rows = resolve(table, source, level=options.level, platform=current_platform())
+    rows = [row for row in rows if row.hook.can_run]
     source.forget()
     demand(rows, source.version, strict=options.strict)
     made = Recorder(options)

@@ -9,6 +9,8 @@ Nothing here imports torch or vLLM until it is asked to: the front door is also 
 
 from __future__ import annotations
 
+import sys
+
 CLASSES = {
     "paged": "vllm_trace.backend.vllm_classes.PagedBackend",
     "paged:vllm": "vllm_trace.backend.vllm_classes.PagedVllmBackend",
@@ -25,6 +27,8 @@ def register_backend(choice: str) -> None:
     On the CPU the platform has one class and asks no further, so its path is replaced. Elsewhere ours stands under
     CUSTOM, beside the others, and the engine argument ``attention_backend="CUSTOM"`` takes it.
     """
+    if choice not in CLASSES and "vllm.v1.attention.backends.registry" not in sys.modules:
+        return  # nothing was ever registered; before 0.20 there is no such registry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

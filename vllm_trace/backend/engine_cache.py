@@ -43,7 +43,7 @@ def block_size_of(impl: Any, kv_cache: Tensor) -> int:
 def _cpu(impl: Any, layer: Any, kv_cache: Tensor, ids: Tensor) -> Blocks:
     """0.32 (blocks, heads, N, 2D): the first half of each head's memory is K, the second V.
 
-    Plain (``vec``, ``vec16``): V as it is, K turned in groups of 32 tokens: [N/32, D, 32]. ``amx``: two neighbours of
+    Plain (``vec``, ``vec16``): V as it is, K turned: [D, N]. ``amx``: two neighbours of
     D (K) or of the tokens (V) side by side in tiles of 16.
     """
     picked = kv_cache[ids]
@@ -55,7 +55,7 @@ def _cpu(impl: Any, layer: Any, kv_cache: Tensor, ids: Tensor) -> Blocks:
         keys = keys.reshape(num, heads, size // 16, dim // 2, 16, 2).permute(0, 1, 2, 4, 3, 5)
         values = values.reshape(num, heads, dim // 16, size // 2, 16, 2).permute(0, 1, 3, 5, 2, 4)
     elif layer.isa in ("vec", "vec16"):
-        keys = keys.reshape(num, heads, size // 32, dim, 32).transpose(3, 4)
+        keys = keys.reshape(num, heads, dim, size).transpose(2, 3)
     else:
         raise NotImplementedError(f"the cache layout of the CPU kernel {layer.isa!r} is not known")
     shape = (num, heads, size, dim)

@@ -1,7 +1,8 @@
 """Attention over a cache that lies in blocks, in plain torch: write K and V to slots, read them through block tables.
 
 Follows: vLLM 0.11.0, csrc/attention/ (V1, V2 and its reduce), csrc/cache_kernels.cu, vllm/attention/ops/paged_attn.py
-(`forward_decode`, the V1/V2 rule) and prefix_prefill.py: the learning plan's steps 5 to 11; Kwon et al. 2023, section 4.
+(`forward_decode`, the V1/V2 rule) and prefix_prefill.py: the learning plan's steps 5 to 11; Kwon et al. 2023, section
+4.
 `mini.kernels` has the same functions in Triton.
 Leaves out: block-sparse attention, heads that are spread over devices, speed beyond what clear code gives.
 

@@ -13,9 +13,7 @@ Strides are free: a view of a larger tensor will do.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from torch import float32, uint8
+from torch import Tensor, float32, uint8
 
 #: layout → the order of its dimensions as [block, token, head, element]
 ORDER = {"flash": (0, 1, 2, 3), "heads": (0, 2, 1, 3), "planes": (1, 2, 0, 3)}

@@ -32,7 +32,7 @@ class Bend:
         Shapes: `query [num_tokens, num_heads, head_size]`, `keys [num_keys, num_kv_heads, head_size]`, `own
         [num_tokens]`, returns `[num_heads, num_tokens, num_keys]`, float32.
         """
-        num_tokens, num_heads, head_size = query.shape
+        num_tokens, num_heads, _ = query.shape
         num_kv_heads = keys.shape[1]
         # The query heads of a group are rows of one matrix: [kv heads, tokens * group, head size] @ keys.
         grouped = query.float().mul(self.scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)

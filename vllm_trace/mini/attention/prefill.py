@@ -67,7 +67,7 @@ def context_attention_fwd(
 
 
 def _check_chunks(query_start_loc: Tensor, seq_lens: Tensor, num_tokens: int) -> None:
-    """Raises: ValueError that names the first sequence whose chunk is negative, too long, or ends behind the queries."""
+    """Raises: ValueError that names the first sequence whose chunk is negative, too long or behind the queries."""
     starts = query_start_loc.tolist()
     for seq, length in enumerate(seq_lens[: len(starts) - 1].tolist()):
         chunk = starts[seq + 1] - starts[seq]

@@ -38,11 +38,11 @@ def _capped(logits, softcap):
 
 @triton.jit
 def _tile(
-    query, largest, total, acc, start, length, table, keys, values, dims, dims_k, dims_v, slopes,
+    query, largest, total, acc, start, length, limit, table, keys, values, dims, dims_k, dims_v, slopes,
     logit_scale, softcap,
     stride_kb, stride_kt, stride_vb, stride_vt,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The softmax so far, carried on over the TILE tokens from `start`.
 
@@ -52,22 +52,15 @@ def _tile(
     seen = tokens < length
     if WINDOW > 0:
         seen = seen & (tokens >= length - WINDOW)
-    if MASKED:
-        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=tokens < length, other=0).to(tl.int64)
-    else:
-        blocks = tl.load(table + tokens // BLOCK_SIZE).to(tl.int64)
+    blocks = tl.load(table + tokens // BLOCK_SIZE, mask=tokens < limit, other=0).to(tl.int64)
     offsets = tokens % BLOCK_SIZE
     key_at = keys + (blocks * stride_kb + offsets * stride_kt)[:, None] + dims_k[None, :]
     value_at = values + (blocks * stride_vb + offsets * stride_vt)[:, None] + dims_v[None, :]
-    HEAD: tl.constexpr = dims.shape[0]
-    if MASKED or HEAD > HEAD_SIZE:
-        # Slots that no token owns may hold NaN, and 0 * NaN is NaN.
-        real = seen[:, None] & (dims < HEAD_SIZE)[None, :]
-        key = tl.load(key_at, mask=real, other=0.0)
-        value = tl.load(value_at, mask=real, other=0.0)
-    else:
-        key = tl.load(key_at)
-        value = tl.load(value_at)
+    real = seen[:, None] & (dims < HEAD_SIZE)[None, :]
+    key = tl.load(key_at, mask=real, other=0.0)
+    value = tl.load(
+        value_at, mask=real, other=0.0
+    )  # slots of no token may hold NaN, and 0 * NaN is NaN
     logits = tl.dot(query, tl.trans(key.to(DOT)), input_precision="ieee") * logit_scale
     if SOFTCAP:
         logits = _capped(logits, softcap)
@@ -75,8 +68,7 @@ def _tile(
         logits += slopes[:, None] * (tokens - length + 1)[None, :]
     if SOFTCAP or ALIBI:
         logits *= LOG2E
-    if MASKED:
-        logits = tl.where(seen[None, :], logits, float("-inf"))
+    logits = tl.where(seen[None, :], logits, float("-inf"))
     now = tl.maximum(largest, tl.max(logits, 1))
     weights = tl.exp2(logits - now[:, None])
     shrink = tl.exp2(largest - now)
@@ -88,13 +80,13 @@ def _tile(
 
 @triton.jit
 def _attend(
-    first, last, length, seq, head, query_ptr, tables_ptr, keys, values, slopes_ptr, k_scale_ptr, 
+    first, last, length, table_width, seq, head, query_ptr, tables_ptr, keys, values, slopes_ptr, k_scale_ptr,
     scale, softcap,
     stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ks,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, X: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr, MASK_ALL: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles `first` to `last` (exclusive) of one sequence and KV head: largest logit, sum of weights, weighted sum."""
@@ -125,23 +117,20 @@ def _attend(
     largest = tl.full([GROUP_PAD], LOWEST, tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
-    masked_from = last
-    if not MASK_ALL:
-        masked_from = tl.minimum(last, length // TILE)
-    for tile in tl.range(first, masked_from, num_stages=STAGES):
+    if STAGES == 0:  # one tile, and its block ids do not wait for the length
         largest, total, acc = _tile(
-            query, largest, total, acc, tile * TILE, length, table, keys, values,
+            query, largest, total, acc, first * TILE, length, table_width * BLOCK_SIZE, table, keys, values,
             dims, dims_k, dims_v, slopes, logit_scale, softcap,
             stride_kb, stride_kt, stride_vb, stride_vt,
-            HEAD_SIZE, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, MASK_ALL, DOT,
+            HEAD_SIZE, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, DOT,
         )  # fmt: skip
-    if not MASK_ALL:
-        if masked_from < last:
+    else:
+        for tile in tl.range(first, last, num_stages=STAGES):
             largest, total, acc = _tile(
-                query, largest, total, acc, masked_from * TILE, length, table, keys, values,
+                query, largest, total, acc, tile * TILE, length, length, table, keys, values,
                 dims, dims_k, dims_v, slopes, logit_scale, softcap,
                 stride_kb, stride_kt, stride_vb, stride_vt,
-                HEAD_SIZE, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, True, DOT,
+                HEAD_SIZE, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, ALIBI, DOT,
             )  # fmt: skip
     return largest, total, acc
 
@@ -179,7 +168,7 @@ def paged_attention_v1_kernel(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ks, stride_vs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, X: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr, MASK_ALL: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (KV heads, sequences). One program, one segment, no partner."""
@@ -187,13 +176,13 @@ def paged_attention_v1_kernel(
     seq = tl.program_id(1)
     length = tl.load(lens_ptr + seq)
     first, num_tiles = _num_tiles(length, TILE, WINDOW)
-    largest, total, acc = _attend(
-        first, first + num_tiles, length, seq, head, query_ptr, tables_ptr, key_cache, value_cache,
+    _, total, acc = _attend(
+        first, first + num_tiles, length, 0, seq, head, query_ptr, tables_ptr, key_cache, value_cache,
         slopes_ptr, k_scale_ptr, scale, softcap,
         stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
         stride_vb, stride_vt, stride_vh, stride_vd, stride_ks,
         GROUP, GROUP_PAD, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, TILE, X, WINDOW, SOFTCAP, ALIBI,
-        KV_SCALES, MASK_ALL, DOT, STAGES,
+        KV_SCALES, DOT, STAGES,
     )  # fmt: skip
     _store(
         acc, total, seq, head, out_ptr, v_scale_ptr, out_scale, stride_os, stride_oh, stride_vs,
@@ -202,28 +191,39 @@ def paged_attention_v1_kernel(
 
 
 @triton.jit
+def _leave(
+    place, largest, total, acc, acc_ptr, stats_ptr,
+    GROUP: tl.constexpr, HEAD_PAD: tl.constexpr,
+):  # fmt: skip
+    """Put a piece into the scratch: `acc [places, GROUP, HEAD]`, `stats [places, 2, GROUP]`, float32."""
+    rows = tl.arange(0, acc.shape[0])
+    dims = tl.arange(0, HEAD_PAD)
+    real = rows < GROUP
+    stats_at = stats_ptr + place * (2 * GROUP) + rows
+    tl.store(stats_at, largest, mask=real)
+    tl.store(stats_at + GROUP, total, mask=real)
+    acc_at = acc_ptr + place * (GROUP * HEAD_PAD) + (rows * HEAD_PAD)[:, None] + dims[None, :]
+    tl.store(acc_at, acc, mask=real[:, None])
+    tl.debug_barrier()  # every thread's stores come before the count of who arrived
+
+
+@triton.jit
 def _reduce(
-    begin, end, quota, acc_ptr, stats_ptr,
+    base, skip, step, count, acc_ptr, stats_ptr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_PAD: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the pieces of the segment that covers `begin` to `end` of the row of tiles.
+    """Weigh `count` pieces, which lie at `base` and every `step` behind it; the first of them `skip` further.
 
-    A program has two places in the scratch: the first for a piece that it took over from the program before it, the
-    second for a piece that goes on in the next. PIECES of them are read at once.
-    Shapes: scratch `acc [programs, 2, GROUP, HEAD]`, `stats [programs, 2, 2, GROUP]`, float32.
+    PIECES of them are read at once.
     """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_PAD)
-    first = begin // quota
-    count = (end - 1) // quota - first + 1
     largest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
     for start in tl.range(0, count, PIECES, num_stages=1):
         pieces = start + tl.arange(0, PIECES)
-        programs = first + pieces
-        second = (pieces == 0) & (begin % quota != 0)
-        place = programs * 2 + second.to(tl.int32)
+        place = base + pieces * step + tl.where(pieces == 0, skip, 0)
         real = (pieces < count)[:, None] & (rows < GROUP)[None, :]
         stats_at = stats_ptr + (place * (2 * GROUP))[:, None] + rows[None, :]
         maxima = tl.load(stats_at, mask=real, other=LOWEST, cache_modifier=".cg")
@@ -244,45 +244,56 @@ def _reduce(
 
 
 @triton.jit
+def _snapped(quota, counts, real):
+    """When all sequences are alike, shares end where sequences do, if that makes them at most 6 % larger."""
+    most = tl.max(counts, 0)
+    alike = tl.min(tl.where(real, counts, most), 0) == most
+    whole = tl.cdiv(quota, most) * most  # several sequences to a share
+    part = tl.cdiv(most, tl.maximum(most // quota, 1))  # several shares to a sequence
+    better = tl.where(quota >= most, whole, part)
+    return tl.where(alike & (better * 16 <= quota * 17), better, quota)
+
+
+@triton.jit
 def paged_attention_v2_kernel(
     out_ptr, query_ptr, key_cache, value_cache, tables_ptr, lens_ptr, slopes_ptr, k_scale_ptr,
     v_scale_ptr, acc_ptr, stats_ptr, arrivals_ptr, num_seqs, scale, out_scale, softcap,
     stride_os, stride_oh, stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ks, stride_vs,
-    NUM_KV_HEADS: tl.constexpr, SEQS_PAD: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    SEQS_PAD: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, X: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr, MASK_ALL: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (programs). Each takes an equal share of the row of tiles."""
-    program = tl.program_id(0)
+    """Grid: (KV heads, shares). The heads of a share walk side by side: a token's heads are neighbours in memory."""
+    head = tl.program_id(0)
+    share = tl.program_id(1)
     seqs = tl.arange(0, SEQS_PAD)
     lengths = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0)
     _, counts = _num_tiles(lengths, TILE, WINDOW)
-    counts = tl.where(seqs < num_seqs, counts, 0)
-    ends = tl.cumsum(counts, 0) * NUM_KV_HEADS  # where each sequence ends in the row of tiles
+    ends = tl.cumsum(
+        tl.where(seqs < num_seqs, counts, 0), 0
+    )  # of each sequence in the row of tiles
     all_tiles = tl.max(ends, 0)
-    quota = tl.cdiv(all_tiles, tl.num_programs(0))
-    work = program * quota
+    quota = tl.cdiv(all_tiles, tl.num_programs(1))
+    quota = _snapped(quota, counts, seqs < num_seqs)
+    work = share * quota
     stop = tl.minimum(work + quota, all_tiles)
     while work < stop:
         seq = tl.sum((ends <= work).to(tl.int32), 0)
-        seq_end = tl.min(tl.where(ends > work, ends, all_tiles), 0)
+        end = tl.min(tl.where(ends > work, ends, all_tiles), 0)
         length = tl.load(lens_ptr + seq)
         first, num_tiles = _num_tiles(length, TILE, WINDOW)
-        seq_begin = seq_end - num_tiles * NUM_KV_HEADS
-        head = (work - seq_begin) // num_tiles
-        begin = seq_begin + head * num_tiles
-        end = begin + num_tiles
+        begin = end - num_tiles
         until = tl.minimum(stop, end)
         largest, total, acc = _attend(
-            first + work - begin, first + until - begin, length, seq, head, query_ptr, tables_ptr,
+            first + work - begin, first + until - begin, length, 0, seq, head, query_ptr, tables_ptr,
             key_cache, value_cache, slopes_ptr, k_scale_ptr, scale, softcap,
             stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
             stride_vb, stride_vt, stride_vh, stride_vd, stride_ks,
             GROUP, GROUP_PAD, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, TILE, X, WINDOW, SOFTCAP, ALIBI,
-            KV_SCALES, MASK_ALL, DOT, STAGES,
+            KV_SCALES, DOT, STAGES,
         )  # fmt: skip
         if until - work == num_tiles:
             _store(
@@ -290,27 +301,76 @@ def paged_attention_v2_kernel(
                 stride_vs, GROUP, HEAD_SIZE, KV_SCALES,
             )  # fmt: skip
         else:
-            rows = tl.arange(0, GROUP_PAD)
-            dims = tl.arange(0, HEAD_PAD)
-            place = program * 2 + (work != program * quota).to(tl.int32)
-            stats_at = stats_ptr + place * (2 * GROUP) + rows
-            tl.store(stats_at, largest, mask=rows < GROUP)
-            tl.store(stats_at + GROUP, total, mask=rows < GROUP)
-            acc_at = (
-                acc_ptr + place * (GROUP * HEAD_PAD) + (rows * HEAD_PAD)[:, None] + dims[None, :]
-            )
-            tl.store(acc_at, acc, mask=(rows < GROUP)[:, None])
-            tl.debug_barrier()  # every thread's stores come before the count
-            pieces = (end - 1) // quota - begin // quota + 1
-            arrival_at = arrivals_ptr + seq * NUM_KV_HEADS + head
+            # A share has two places: the first for a piece that it took over, the second for one that goes on.
+            step = tl.num_programs(0) * 2
+            place = share * step + head * 2 + (work != share * quota).to(tl.int32)
+            _leave(place, largest, total, acc, acc_ptr, stats_ptr, GROUP, HEAD_PAD)
+            first_share = begin // quota
+            pieces = (end - 1) // quota - first_share + 1
+            arrival_at = arrivals_ptr + seq * tl.num_programs(0) + head
             arrived = tl.atomic_add(arrival_at, 1, sem="acq_rel")
             if arrived == pieces - 1:
                 tl.store(arrival_at, 0)  # ready for the next launch
                 all_total, all_acc = _reduce(
-                    begin, end, quota, acc_ptr, stats_ptr, GROUP, ROWS, HEAD_PAD, PIECES
-                )
+                    first_share * step + head * 2, (begin % quota != 0).to(tl.int32), step, pieces,
+                    acc_ptr, stats_ptr, GROUP, ROWS, HEAD_PAD, PIECES,
+                )  # fmt: skip
                 _store(
                     all_acc, all_total, seq, head, out_ptr, v_scale_ptr, out_scale, stride_os,
                     stride_oh, stride_vs, GROUP, HEAD_SIZE, KV_SCALES,
                 )  # fmt: skip
         work = until
+
+
+@triton.jit
+def paged_attention_v2_splits_kernel(
+    out_ptr, query_ptr, key_cache, value_cache, tables_ptr, lens_ptr, slopes_ptr, k_scale_ptr,
+    v_scale_ptr, acc_ptr, stats_ptr, arrivals_ptr, table_width, chunk, scale, out_scale, softcap,
+    stride_os, stride_oh, stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_ks, stride_vs,
+    ROWS: tl.constexpr, PIECES: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_SIZE: tl.constexpr, HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, X: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (KV heads, splits of the longest sequence, sequences). A split is `chunk` tiles, whatever the lengths are.
+
+    What is read is known from the grid, so nobody waits for lengths. With STAGES 0, for batches so small that every
+    tile has a program, block ids do not wait either: three loads in a row (lengths and ids, K and V, the pieces) are
+    what such a batch costs. Entries of a table behind the last block are read then, but not followed.
+    """
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2)
+    length = tl.load(lens_ptr + seq)
+    first, num_tiles = _num_tiles(length, TILE, WINDOW)
+    pieces = tl.cdiv(num_tiles, chunk)
+    begin = split * chunk
+    largest, total, acc = _attend(
+        first + begin, first + tl.minimum(begin + chunk, num_tiles), length, table_width, seq, head,
+        query_ptr, tables_ptr, key_cache, value_cache, slopes_ptr, k_scale_ptr, scale, softcap,
+        stride_qs, stride_qh, stride_ts, stride_kb, stride_kt, stride_kh, stride_kx,
+        stride_vb, stride_vt, stride_vh, stride_vd, stride_ks,
+        GROUP, GROUP_PAD, HEAD_SIZE, HEAD_PAD, BLOCK_SIZE, TILE, X, WINDOW, SOFTCAP, ALIBI,
+        KV_SCALES, DOT, STAGES,
+    )  # fmt: skip
+    if (pieces == 1) & (split == 0):
+        _store(
+            acc, total, seq, head, out_ptr, v_scale_ptr, out_scale, stride_os, stride_oh,
+            stride_vs, GROUP, HEAD_SIZE, KV_SCALES,
+        )  # fmt: skip
+    elif split < pieces:
+        segment = seq * tl.num_programs(0) + head
+        first_place = segment * tl.num_programs(1)
+        _leave(first_place + split, largest, total, acc, acc_ptr, stats_ptr, GROUP, HEAD_PAD)
+        arrived = tl.atomic_add(arrivals_ptr + segment, 1, sem="acq_rel")
+        if arrived == pieces - 1:
+            tl.store(arrivals_ptr + segment, 0)  # ready for the next launch
+            all_total, all_acc = _reduce(
+                first_place, 0, 1, pieces, acc_ptr, stats_ptr, GROUP, ROWS, HEAD_PAD, PIECES,
+            )  # fmt: skip
+            _store(
+                all_acc, all_total, seq, head, out_ptr, v_scale_ptr, out_scale, stride_os,
+                stride_oh, stride_vs, GROUP, HEAD_SIZE, KV_SCALES,
+            )  # fmt: skip

@@ -1,11 +1,13 @@
-"""Launching decode: what the kernels of `decode.py` are called with.
+"""Launching decode: V1, V2, and how V2 cuts its work.
 
-Follows: vLLM 0.11.0, csrc/attention/paged_attention_v1.cu and _v2.cu (the launchers; the learning plan's step 7).
+Follows: vLLM 0.11.0, csrc/attention/paged_attention_v1.cu and _v2.cu (the launchers; the learning plan's step 7) and
+paged_attn.py `forward_decode` (step 5).
 Leaves out: values. Shapes and dtypes are checked, table entries and lengths are not, since that would wait for the GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,35 +16,47 @@ import torch
 import triton
 from torch import Tensor
 
-from .decode import paged_attention_v1_kernel, paged_attention_v2_kernel
-from .support import check, device_of, dot_type, strides_of
-
-Scale = float | Tensor
+from ..attention import use_v1
+from .decode import (
+    paged_attention_v1_kernel,
+    paged_attention_v2_kernel,
+    paged_attention_v2_splits_kernel,
+)
+from .support import Scale, check, common_arguments, device_of, strides_of, tile_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the work of a call is cut. `programs` 0: one for each sequence and KV head (V1)."""
+    """How the work of a call is cut: into `shares` that are alike, or each sequence into splits of `chunk` tiles.
+
+    With neither, a program takes a sequence and KV head whole, as V1 does.
+    """
 
     tile: int  # tokens read at once
-    programs: int
-    stages: int = 5  # depth of the pipeline that loads tiles; block ids take every other stage
+    shares: int = 0  # for each KV head
+    chunk: int = 0
+    stages: int = 5  # depth of the pipeline that loads tiles; block ids take every other stage; 0: a split is one tile
     warps: int = 4
-    pieces: int = 8  # pieces of a segment that the reduce reads at once
+    pieces: int = 16  # pieces of a segment that the reduce reads at once
+
+    @property
+    def cut(self) -> str:
+        """In a word: whole, shares or splits."""
+        return "shares" if self.shares else "splits" if self.chunk else "whole"
 
 
 @cache
 def _num_sms(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
 
 
-def v1_plan(head_size: int, element_size: int) -> Plan:
-    """Tiles of at most 16 KiB of K."""
-    return Plan(_tile(head_size, element_size, 64), 0)
+def v1_plan(
+    num_seqs: int, num_kv_heads: int, head_size: int, element_size: int, device: torch.device | str
+) -> Plan:
+    """While every program is resident a deep pipeline pays; when they queue, more of them on a multiprocessor do."""
+    many = num_seqs * num_kv_heads > 2 * _num_sms(torch.device(device))
+    return Plan(tile_of(head_size, element_size), stages=3 if many else 5)
 
 
 def v2_plan(
@@ -52,22 +66,55 @@ def v2_plan(
     head_size: int,
     element_size: int = 2,
     device: torch.device | str = "cuda",
+    seq_lens_cpu: Tensor | Sequence[int] | None = None,
 ) -> Plan:
-    """Enough programs for every multiprocessor, and tiles small enough that there is one for each program."""
-    programs = 2 * _num_sms(torch.device(device))
-    tile = _tile(head_size, element_size, 64)
-    while tile > 16 and num_seqs * num_kv_heads * triton.cdiv(max_seq_len, tile) < programs:
-        tile //= 2
-    return Plan(tile, programs)
+    """Fill the multiprocessors once or twice; figures in `reports/bench/kernels.md`.
+
+    Sequences that are known to be alike (one alone, or `seq_lens_cpu` says so) are cut alike, and programs know what to
+    read without knowing the lengths. Else the row of all tiles is cut into shares. Either way the result is right for
+    any lengths.
+    """
+    device = torch.device(device)
+    sms = _num_sms(device)
+    tile = tile_of(head_size, element_size)
+    if not _alike(num_seqs, max_seq_len, seq_lens_cpu):
+        return Plan(min(tile, 32), shares=max(1, 4 * sms // num_kv_heads), warps=2)
+    segments = num_seqs * num_kv_heads
+    for small in (min(tile, 32), tile):
+        if segments * triton.cdiv(max_seq_len, small) <= 1.2 * sms:
+            return Plan(small, chunk=1, stages=0, warps=2)
+    splits = max(1, 2 * sms // segments)
+    if splits == 1:
+        return v1_plan(num_seqs, num_kv_heads, head_size, element_size, device)
+    return Plan(tile, chunk=triton.cdiv(triton.cdiv(max_seq_len, tile), splits), warps=2)
 
 
-def _padded(num_seqs: int) -> int:
-    """1, 4, 16, 64, …: few enough that few variants are compiled."""
-    return 1 << (max(0, num_seqs - 1).bit_length() + 1) // 2 * 2
+def _alike(num_seqs: int, max_seq_len: int, seq_lens_cpu: Tensor | Sequence[int] | None) -> bool:
+    if num_seqs <= 1 or seq_lens_cpu is None:
+        return num_seqs <= 1
+    return max_seq_len * num_seqs <= 1.15 * int(sum(seq_lens_cpu))
 
 
-def _tile(head_size: int, element_size: int, most: int) -> int:
-    return max(16, min(most, 16384 // (triton.next_power_of_2(head_size) * element_size)))
+def forward_decode(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Scale = 1.0,
+    v_scale: Scale = 1.0,
+    *,
+    max_seq_len: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """V1 or V2, by the rule that the torch form follows too. Without `max_seq_len` this waits for the GPU."""
+    if max_seq_len is None:
+        max_seq_len = int(seq_lens.max()) if len(seq_lens) else 0
+    num_seqs, num_heads, _ = query.shape
+    kernel = paged_attention_v1 if use_v1(max_seq_len, num_seqs, num_heads) else paged_attention_v2
+    caches = (key_cache, value_cache, block_tables, seq_lens)
+    return kernel(query, *caches, scale, k_scale, v_scale, max_seq_len=max_seq_len, **options)
 
 
 def paged_attention_v1(
@@ -87,24 +134,31 @@ def paged_attention_v1(
     out: Tensor | None = None,
     max_seq_len: int | None = None,
     validate: bool = True,
+    seq_lens_cpu: Tensor | Sequence[int] | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """One program for each sequence and KV head: what the torch form does, on the GPU.
 
-    Shapes: as in `mini.attention`. Values are not checked, whatever `validate` says.
+    Shapes: as in `mini.attention`. Values are not checked, whatever `validate` says. `max_seq_len` and `seq_lens_cpu`
+    are V2's and not looked at.
     Raises: ValueError for shapes, dtypes and devices that the kernel does not take.
     """
     out = torch.empty_like(query) if out is None else out
     check(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
+    num_seqs, _, head_size = query.shape
     num_kv_heads = strides_of(key_cache, value_cache, layout).num_kv_heads
-    plan = plan or v1_plan(query.shape[2], key_cache.element_size())
-    arguments, options = _arguments(
+    if plan is None:
+        size = max(query.element_size(), key_cache.element_size())
+        plan = v1_plan(num_seqs, num_kv_heads, head_size, size, query.device)
+    arguments = common_arguments(
         out, query, key_cache, value_cache, block_tables, seq_lens, scale, k_scale, v_scale,
-        alibi_slopes, sliding_window, softcap, layout, plan,
+        alibi_slopes, sliding_window, softcap, layout,
     )  # fmt: skip
-    with device_of(query):
-        if len(query):
-            paged_attention_v1_kernel[(num_kv_heads, len(query))](**arguments, **options)
+    if num_seqs:
+        with device_of(query):
+            paged_attention_v1_kernel[(num_kv_heads, num_seqs)](
+                **arguments, **_compiled(plan, query, num_kv_heads)
+            )
     return out
 
 
@@ -125,114 +179,91 @@ def paged_attention_v2(
     out: Tensor | None = None,
     max_seq_len: int | None = None,
     validate: bool = True,
+    seq_lens_cpu: Tensor | Sequence[int] | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
-    """All sequences cut into equal shares; whoever finishes a sequence's head last puts its pieces together.
+    """The context in pieces that several programs read; whoever ends a sequence's head last puts them together.
 
-    Shapes: as in `mini.attention`. Values are not checked, whatever `validate` says. `max_seq_len` only chooses the
-    tile; without it the width of the tables stands in for it, and nothing waits for the GPU.
+    Shapes: as in `mini.attention`. Values are not checked, whatever `validate` says: no length may exceed `max_seq_len`
+    (without it: what the tables hold). `seq_lens_cpu` is a hint: lengths that the host happens to know, see `v2_plan`.
+    Nothing waits for the GPU.
     Raises: ValueError for shapes, dtypes and devices that the kernel does not take.
     """
     out = torch.empty_like(query) if out is None else out
     check(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
-    num_seqs, num_heads, head_size = query.shape
+    num_seqs, _, head_size = query.shape
     strides = strides_of(key_cache, value_cache, layout)
+    num_kv_heads = strides.num_kv_heads
+    longest = max(1, max_seq_len or block_tables.shape[1] * strides.block_size)
+    if sliding_window:
+        longest = min(longest, sliding_window)
     if plan is None:
-        longest = max_seq_len or block_tables.shape[1] * strides.block_size
-        if sliding_window:
-            longest = min(longest, sliding_window)
-        plan = v2_plan(
-            num_seqs,
-            strides.num_kv_heads,
-            longest,
-            head_size,
-            key_cache.element_size(),
-            query.device,
-        )
-    arguments, options = _arguments(
+        size = max(query.element_size(), key_cache.element_size())
+        alike = seq_lens_cpu if not sliding_window else None
+        plan = v2_plan(num_seqs, num_kv_heads, longest, head_size, size, query.device, alike)
+    arguments = common_arguments(
         out, query, key_cache, value_cache, block_tables, seq_lens, scale, k_scale, v_scale,
-        alibi_slopes, sliding_window, softcap, layout, plan,
+        alibi_slopes, sliding_window, softcap, layout,
     )  # fmt: skip
-    group = num_heads // strides.num_kv_heads
-    acc, stats, arrivals = _scratch(
-        query.device, plan.programs * 2 * group * arguments["HEAD_PAD"], plan.programs * 4 * group,
-        num_seqs * strides.num_kv_heads,
-    )  # fmt: skip
+    if not num_seqs:
+        return out
     with device_of(query):
-        if num_seqs:
-            paged_attention_v2_kernel[(plan.programs,)](
-                **arguments, **options, acc_ptr=acc, stats_ptr=stats, arrivals_ptr=arrivals,
-                num_seqs=num_seqs, NUM_KV_HEADS=strides.num_kv_heads,
-                SEQS_PAD=_padded(num_seqs), ROWS=triton.next_power_of_2(group),
-                PIECES=plan.pieces,
-            )  # fmt: skip
+        compiled = _compiled(plan, query, num_kv_heads)
+        if plan.cut == "whole":
+            paged_attention_v1_kernel[(num_kv_heads, num_seqs)](**arguments, **compiled)
+            return out
+        # A window that begins inside a tile takes one more.
+        tiles = triton.cdiv(longest, plan.tile) + bool(sliding_window)
+        splits = triton.cdiv(tiles, plan.chunk) if plan.chunk else 0
+        group = query.shape[1] // num_kv_heads
+        arguments |= _scratch(
+            query.device, num_kv_heads * (2 * plan.shares + num_seqs * splits),
+            group * arguments["HEAD_PAD"], 2 * group, num_seqs * num_kv_heads,
+        )  # fmt: skip
+        arguments.update(ROWS=triton.next_power_of_2(group), PIECES=plan.pieces)
+        if plan.shares:
+            paged_attention_v2_kernel[(num_kv_heads, plan.shares)](
+                **arguments, **compiled, num_seqs=num_seqs, SEQS_PAD=_padded(num_seqs)
+            )
+        else:
+            paged_attention_v2_splits_kernel[(num_kv_heads, splits, num_seqs)](
+                **arguments, **compiled, table_width=block_tables.shape[1], chunk=plan.chunk
+            )
     return out
 
 
-def _arguments(
-    out: Tensor,
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    scale: float,
-    k_scale: Scale,
-    v_scale: Scale,
-    alibi_slopes: Tensor | None,
-    sliding_window: int | None,
-    softcap: float,
-    layout: str,
-    plan: Plan,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """What both kernels take, and how Triton shall compile it."""
-    strides = strides_of(key_cache, value_cache, layout)
-    _, num_heads, head_size = query.shape
-    group = num_heads // strides.num_kv_heads
-    scales = {"k": (query, 0), "v": (query, 0)}  # a pointer that is never read
-    by_tensor = isinstance(k_scale, Tensor) or isinstance(v_scale, Tensor)
-    if by_tensor:
-        for name, value in (("k", k_scale), ("v", v_scale)):
-            value = torch.as_tensor(value, dtype=torch.float32, device=query.device).reshape(-1)
-            scales[name] = value, int(len(value) > 1)
-        k_scale = v_scale = 1.0
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.to(query.device, torch.float32)
-    arguments = dict(
-        out_ptr=out, query_ptr=query, key_cache=key_cache, value_cache=value_cache,
-        tables_ptr=block_tables, lens_ptr=seq_lens,
-        slopes_ptr=query if alibi_slopes is None else alibi_slopes,
-        k_scale_ptr=scales["k"][0], v_scale_ptr=scales["v"][0],
-        scale=float(scale) * k_scale, out_scale=v_scale, softcap=float(softcap),
-        stride_os=out.stride(0), stride_oh=out.stride(1),
-        stride_qs=query.stride(0), stride_qh=query.stride(1), stride_ts=block_tables.stride(0),
-        stride_ks=scales["k"][1], stride_vs=scales["v"][1],
-        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_SIZE=head_size,
-        HEAD_PAD=triton.next_power_of_2(head_size), BLOCK_SIZE=strides.block_size, TILE=plan.tile,
-        WINDOW=int(sliding_window or 0), SOFTCAP=softcap != 0, ALIBI=alibi_slopes is not None,
-        KV_SCALES=by_tensor, MASK_ALL=True, DOT=dot_type(query.dtype), STAGES=plan.stages,
-        **strides.arguments,
-    )  # fmt: skip
-    return arguments, dict(num_warps=plan.warps, num_stages=plan.stages)
+def _compiled(plan: Plan, query: Tensor, num_kv_heads: int) -> dict[str, int]:
+    """What decides which program Triton makes, besides dtypes and layout."""
+    group = query.shape[1] // num_kv_heads
+    rows = max(16, triton.next_power_of_2(group))  # of a dot, at least
+    depth = dict(num_warps=plan.warps, num_stages=max(1, plan.stages))
+    return dict(GROUP=group, GROUP_PAD=rows, TILE=plan.tile, STAGES=plan.stages, **depth)
+
+
+def _padded(num_seqs: int) -> int:
+    """1, 4, 16, 64, …: few enough that few variants are compiled."""
+    return 1 << (max(0, num_seqs - 1).bit_length() + 1) // 2 * 2
 
 
 _SCRATCH: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
 
 def _scratch(
-    device: torch.device, acc: int, stats: int, arrivals: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Where programs leave pieces, kept for the next call on the same stream: the kernel leaves `arrivals` at zero."""
-    sizes = (acc, stats, arrivals)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    device: torch.device, places: int, acc_size: int, stats_size: int, segments: int
+) -> dict[str, Tensor]:
+    """Where programs leave pieces, kept for the next call on the same stream: kernels leave `arrivals` at zero."""
+    sizes = (places * acc_size, places * stats_size, segments)
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     held = _SCRATCH.get((device, stream))
-    if held is not None and all(len(tensor) >= size for tensor, size in zip(held, sizes)):
-        return held
-    made = tuple(
-        torch.zeros(triton.next_power_of_2(size), dtype=dtype, device=device)
-        for size, dtype in zip(sizes, (torch.float32, torch.float32, torch.int32))
-    )
-    # What a CUDA graph allocates while it is captured belongs to that graph.
-    if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        _SCRATCH[device, stream] = made
-    return made
+    if held is None or any(len(tensor) < size for tensor, size in zip(held, sizes)):
+        acc, stats, arrivals = map(triton.next_power_of_2, sizes)
+        held = (
+            torch.empty(acc, dtype=torch.float32, device=device),
+            torch.empty(stats, dtype=torch.float32, device=device),
+            torch.zeros(arrivals, dtype=torch.int32, device=device),
+        )
+        # What is allocated while a CUDA graph is captured belongs to that graph, zeroing included.
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()):
+            _SCRATCH[device, stream] = held
+    return dict(zip(("acc_ptr", "stats_ptr", "arrivals_ptr"), held))

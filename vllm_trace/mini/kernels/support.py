@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
 from ..attention import support as torch_support
+from ..attention.support import name_of
 
-LAYOUTS = torch_support.LAYOUTS
+Scale = float | Tensor
 
 
 def interpreted() -> bool:
@@ -42,8 +45,8 @@ def unsupported(
     cache_dtype = cache_dtype or dtype
     if cache_dtype.itemsize > 1 and cache_dtype.itemsize >= dtype.itemsize and cache_dtype != dtype:
         wrong.append(
-            f"a {_name(cache_dtype)} cache with {_name(dtype)} queries: the kernels read a cache of the queries' dtype, "
-            f"a smaller one, float8 or int8"
+            f"a {name_of(cache_dtype)} cache with {name_of(dtype)} queries: the kernels read a cache of the queries' "
+            f"dtype, a smaller one, float8 or int8"
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() or not interpreted() else "cpu"
@@ -68,10 +71,6 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
         dtype
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,71 @@ def strides_of(key_cache: Tensor, value_cache: Tensor, layout: str) -> Strides:
     ))  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Scales:
+    """`k_scale` and `v_scale` as kernels take them: as numbers, or as one number or more for every KV head."""
+
+    by_tensor: bool
+    k: float
+    v: float
+    k_ptr: Tensor
+    v_ptr: Tensor
+    stride_k: int
+    stride_v: int
+
+
+def scales_of(k_scale: Scale, v_scale: Scale, unread: Tensor) -> Scales:
+    """`unread` is passed where a kernel wants a pointer that it never follows."""
+    if not isinstance(k_scale, Tensor) and not isinstance(v_scale, Tensor):
+        return Scales(False, float(k_scale), float(v_scale), unread, unread, 0, 0)
+    k, v = (
+        torch.as_tensor(scale, dtype=torch.float32, device=unread.device).reshape(-1)
+        for scale in (k_scale, v_scale)
+    )
+    return Scales(True, 1.0, 1.0, k, v, int(len(k) > 1), int(len(v) > 1))
+
+
+def tile_of(head_size: int, element_size: int) -> int:
+    """Tokens that fit into 16 KiB of K, from 16 to 64."""
+    return max(16, min(64, 16384 // (triton.next_power_of_2(head_size) * element_size)))
+
+
+def common_arguments(
+    out: Tensor,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    k_scale: Scale,
+    v_scale: Scale,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    softcap: float,
+    layout: str,
+) -> dict[str, Any]:
+    """What every attention kernel takes."""
+    strides = strides_of(key_cache, value_cache, layout)
+    scales = scales_of(k_scale, v_scale, query)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(query.device, torch.float32)
+    return dict(
+        out_ptr=out, query_ptr=query, key_cache=key_cache, value_cache=value_cache,
+        tables_ptr=block_tables, lens_ptr=seq_lens,
+        slopes_ptr=query if alibi_slopes is None else alibi_slopes,
+        k_scale_ptr=scales.k_ptr, v_scale_ptr=scales.v_ptr,
+        scale=float(scale) * scales.k, out_scale=scales.v, softcap=float(softcap),
+        stride_os=out.stride(0), stride_oh=out.stride(1),
+        stride_qs=query.stride(0), stride_qh=query.stride(1), stride_ts=block_tables.stride(0),
+        stride_ks=scales.stride_k, stride_vs=scales.stride_v,
+        HEAD_SIZE=strides.head_size, HEAD_PAD=triton.next_power_of_2(strides.head_size),
+        BLOCK_SIZE=strides.block_size, WINDOW=int(sliding_window or 0), SOFTCAP=softcap != 0,
+        ALIBI=alibi_slopes is not None, KV_SCALES=scales.by_tensor, DOT=dot_type(query.dtype),
+        **strides.arguments,
+    )  # fmt: skip
+
+
 def check(
     query: Tensor,
     key_cache: Tensor,
@@ -112,9 +176,12 @@ def check(
     seq_lens: Tensor,
     layout: str,
     out: Tensor,
+    num_seqs: int | None = None,
 ) -> None:
     """Raises: ValueError when a shape, dtype or device is not what a kernel can take."""
-    torch_support.check_shapes(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
+    torch_support.check_shapes(
+        query, key_cache, value_cache, block_tables, seq_lens, layout, out, num_seqs
+    )
     strides = strides_of(key_cache, value_cache, layout)
     wrong = unsupported(
         head_size=query.shape[2], num_heads=query.shape[1], num_kv_heads=strides.num_kv_heads,

@@ -74,6 +74,9 @@ def main() -> int:
         with trying(found, f"cost of tracing with {backend}"):
             in_time(deadline)
             found["cost"].append(cost(asked, backend))
+        with trying(found, f"synchronisations with {backend}"):
+            in_time(deadline)
+            found["waits"].append(waits(asked, backend))
         write(found, asked.output)
     write(found, asked.output)
     print(markdown(found))
@@ -256,6 +259,34 @@ def cost(asked: Any, backend: str) -> dict[str, Any]:
     }
 
 
+def waits(asked: Any, backend: str) -> dict[str, Any]:
+    """How often the host waited for the device in one workload, by torch's own count, with tracing off and on."""
+    import warnings
+
+    import torch
+
+    from vllm_trace import runner, scenario
+
+    chosen = scenario.load("hello")
+    attention, given = engine_args(asked, backend, {})
+    counts = {}
+    for arm in ("off", "full"):
+        folder = None if arm == "off" else asked.output / "waits" / backend.replace(":", "-")
+        with traced(folder, attention):
+            llm, _ = runner.start_engine(chosen, engine_args=given, attention=attention)
+            runner.run_workload(llm, chosen)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    runner.run_workload(llm, chosen)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            counts[arm] = sum("synchronizing" in str(one.message) for one in seen)
+            runner.stop_engine(llm)
+    return {"backend": backend, "workload": "hello, 20 tokens"} | counts
+
+
 def about(asked: Any) -> dict[str, Any]:
     import torch
     import vllm
@@ -346,6 +377,14 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(
             f"| {row['backend']} | {row['seconds']['off']:.3f} | {' | '.join(cells)} | {row['rounds']} |"
         )
+    if found["waits"]:
+        lines += [
+            "",
+            "## Waits of the host for the device, as torch counts them, in one `hello`",
+            "",
+        ]
+        lines += ["| backend | tracing off | full |", "|---|---|---|"]
+        lines += [f"| {row['backend']} | {row['off']} | {row['full']} |" for row in found["waits"]]
     for failed in found["failed"]:
         lines += ["", f"Not done: {failed['what']}: {failed['error']}"]
     return "\n".join(lines) + "\n"

@@ -58,6 +58,7 @@ def main() -> int:
         "about": about(asked),
         "runs": [],
         "cost": [],
+        "waits": [],
         "failed": [],
     }
     deadline = time.monotonic() + asked.seconds
@@ -227,7 +228,7 @@ def one_run(
 
 
 def cost(asked: Any, backend: str) -> dict[str, Any]:
-    """The same workload with tracing off, light and full by turns, on one engine each; medians and ratios of a round."""
+    """One workload with tracing off, light and full by turns, on one engine each; medians and ratios of a round."""
     from vllm_trace import runner, scenario
 
     chosen = scenario.load("prefix")
@@ -325,7 +326,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Attention backends, traced",
         "",
-        f"`{about['command']}`, {about['date']}: vLLM {about['vllm']}, torch {about['torch']}, Triton {about['triton']},"
+        f"`{about['command']}`, {about['date']}: vLLM {about['vllm']}, torch {about['torch']},"
+        f" Triton {about['triton']},"
         f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes).",
         "",
         "| scenario | backend | steps | CUDA graphs | invariants | replay | V1 / V2 steps |",
@@ -338,17 +340,19 @@ def markdown(found: dict[str, Any]) -> str:
         would = " (counterfactual)" if run["counterfactual"] else ""
         judged = "hold" if run["invariants_exit"] == 0 else "BROKEN"
         lines.append(
-            f"| {run['scenario']}{', shadow' if run['shadow'] else ''} | {', '.join(run['backends'])} | {run['steps']} |"
-            f" {', '.join(run['modes'])} | {judged} | {replay} | {run['v1_steps']} / {run['v2_steps']}{would} |"
+            f"| {run['scenario']}{', shadow' if run['shadow'] else ''} | {', '.join(run['backends'])} |"
+            f" {run['steps']} | {', '.join(run['modes'])} | {judged} | {replay} | {run['v1_steps']} / {run['v2_steps']}{would} |"
         )
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [
-        "| scenario | backend | kernel | variant | calls | a call, µs | clock |",
+        "| scenario | backend | kernel | variant | calls | a call, median µs | clock |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in found["runs"]:
         for kernel in run["kernels"]:
-            each = kernel["total_ns"] / max(1, kernel["num_calls"]) / 1e3
+            each = kernel["median_ns"] / 1e3
+            if run["shadow"]:
+                continue
             lines.append(
                 f"| {run['scenario']}{', graphs' if run['graphs'] else ''} | {run['backend']} | {kernel['kernel']} |"
                 f" {kernel['variant'] or '–'} | {kernel['num_calls']} | {each:.1f} | {kernel['clock']} |"

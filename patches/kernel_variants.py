@@ -30,7 +30,7 @@ def plan_of(
     if reader is None:
         return name.removesuffix("Metadata"), "", numbers
     kernel, variant, more = reader(metadata)
-    if splits and all(1 <= count <= 256 for count in splits):
+    if splits:
         variant = "1 split" if max(splits) == 1 else "splits"
         more |= {"min_splits": min(splits), "max_splits": max(splits)}
     return kernel, variant, numbers | more

@@ -1,8 +1,8 @@
 """vLLM 0.8.5 to 0.11: the decode path that these releases have and later ones have not.
 
-``PagedAttention.forward_decode`` chooses V1 or V2 in Python and calls one of two ops. Each of its calls is a *step* of its own
-here, numbered from 1: the choice with all its inputs, then the op that ran. 0.11.0 was read and run (`make lane-0.11`); the
-others have the same three functions, which resolve to ``changed`` where their source differs.
+``PagedAttention.forward_decode`` chooses V1 or V2 in Python and calls one of two ops. Each of its calls is a *step* of
+its own here, numbered from 1: the choice with all its inputs, then the op that ran. 0.11.0 was read and run
+(`make lane-0.11`); the others have the same three functions, which resolve to ``changed`` where their source differs.
 
 Leaves out: scheduler, KV-cache manager and block pool of these releases.
 """

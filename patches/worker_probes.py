@@ -273,7 +273,7 @@ def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
             if id(given) in entries or not hasattr(given, "block_table"):
                 continue
             tensors = _parts(len(names), given, _slots(context, layer, given))
-            splits = _planned_splits(len(names), given)
+            splits = _planned_splits(given)
             entries[id(given)] = (layer, given, splits, *(host_copy(t) for t in tensors))
     return names, list(entries.values())
 
@@ -292,16 +292,27 @@ def _slots(context: Any, layer: str, given: Any) -> Any:
     return slots if slots is not None else context.slot_mapping[layer]
 
 
-def _planned_splits(num_rows: int, given: Any) -> Any:
-    """FlashAttention 3 ahead of time: a copy of the number of splits of each row, or None.
+def _planned_splits(given: Any) -> Any:
+    """FlashAttention 3 ahead of time: a copy of the part of its plan that holds the splits of each row, or None.
 
-    Source: ``prepare_varlen_num_blocks`` of vllm-project/flash-attention (hopper/flash_api.cpp): with at most 992 rows
-    the plan begins with one number for each row, padded to four.
+    Source: vllm-project/flash-attention, hopper/flash_api.cpp of 0.20.2: vectors of one int32 for each row, padded to
+    four rows: query length (times the heads that are packed together), then splits.
     """
     plan = getattr(given, "scheduler_metadata", None)
-    if plan is None or not plan.is_cuda or not num_rows <= 992 or plan.numel() <= num_rows:
+    if plan is None or not plan.is_cuda:
         return None
-    return host_copy(plan[:num_rows])
+    padded = -(-(given.query_start_loc.shape[0] - 1) // 4) * 4
+    return host_copy(plan[: 2 * padded]) if plan.shape[0] > 2 * padded else None
+
+
+def _splits_of(plan: Any, query_lens: list[int]) -> list[int] | None:
+    """Splits of each row; None when the part before them is not what it should be (another build, another plan)."""
+    numbers = as_array(plan).tolist()
+    lengths, splits = numbers[: len(query_lens)], numbers[len(numbers) // 2 :][: len(query_lens)]
+    packed = lengths[0] // query_lens[0] if query_lens and query_lens[0] else 0
+    if packed < 1 or lengths != [packed * length for length in query_lens]:
+        return None
+    return splits if all(1 <= count <= 256 for count in splits) else None
 
 
 def host_copy(tensor: Any) -> Any:
@@ -337,7 +348,7 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entr
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        plan = plan_of(given, None if splits is None else as_array(splits).tolist())
+        plan = plan_of(given, None if splits is None else _splits_of(splits, query_lens))
         if plan is not None:
             rec.emit(AttentionPlanned(step, group, *plan))
 

@@ -63,8 +63,8 @@ LATE = {
     "reports": ["runner", "scenario"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
-#: Never at module level outside mini and the backend, of which vLLM itself loads what needs them: they take seconds, and
-#: readers of traces have neither.
+#: Never at module level outside mini and the backend, of which vLLM itself loads what needs them: they take seconds,
+#: and readers of traces have neither.
 HEAVY = {"vllm", "torch", "triton"}
 
 

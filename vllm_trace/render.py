@@ -209,20 +209,19 @@ def mapping(table: Sequence[Sequence[int]], limit: int = 6) -> str:
 
 def kernels(rows: Sequence[Kernel], copy_rate: int = 0) -> Table:
     """Time by kernel and variant; with a measured copy rate the share of it that reading K and V reached."""
-    columns = ["attention kernel", "variant", "steps", "calls", "total", "a call"]
-    columns += ["of copy"] if copy_rate else []
-    made = table(*columns, "clock", left=(0, 1, len(columns)))
+    if not copy_rate:
+        columns = ("attention kernel", "variant", "steps", "calls", "total", "a call", "clock")
+        made = table(*columns, left=(0, 1, 6))
+    else:
+        columns = ("attention kernel", "variant", "calls", "a call", "median", "of copy", "clock")
+        made = table(*columns, left=(0, 1, 6))
     for kernel in rows:
-        made.add_row(
-            kernel.kernel,
-            kernel.variant or "–",
-            str(kernel.num_steps),
-            str(kernel.num_calls),
-            duration(kernel.total_ns),
-            duration(kernel.total_ns / max(1, kernel.num_calls)),
-            *([share_of_copy(kernel, copy_rate)] if copy_rate else []),
-            kernel.clock,
-        )
+        mean = duration(kernel.total_ns / max(1, kernel.num_calls))
+        cells = [str(kernel.num_steps), str(kernel.num_calls), duration(kernel.total_ns), mean]
+        if copy_rate:
+            cells = [str(kernel.num_calls), mean, duration(kernel.median_ns)]
+            cells.append(share_of_copy(kernel, copy_rate))
+        made.add_row(kernel.kernel, kernel.variant or "–", *cells, kernel.clock)
     return made
 
 
@@ -236,7 +235,7 @@ def share_of_copy(row: Kernel | KernelStep, copy_rate: int) -> str:
 
 def size(num_bytes: float) -> str:
     """Three significant digits with a unit: ``1.50 MB``."""
-    for unit, bytes_of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, bytes_of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if num_bytes >= bytes_of:
             value = num_bytes / bytes_of
             return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
@@ -380,7 +379,8 @@ def shadow(summary: Summary) -> list[str]:
         )
         bad = first["not_finite"]
         what = (
-            f"{bad['what']} holds {bad['value']} at position {bad['position']} (block {bad['block']}, slot {bad['slot']})"
+            f"{bad['what']} holds {bad['value']} at position {bad['position']} (block {bad['block']},"
+            f" slot {bad['slot']})"
             if bad
             else f"position {first['position']} is off by {first['relative']:.3g} (absolute {first['absolute']:.3g})"
         )

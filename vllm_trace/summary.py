@@ -7,6 +7,7 @@ statements against; ``to_dict`` is the JSON form.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from vllm_trace.decode_rule import DecodeChoice, choose
@@ -104,6 +105,8 @@ class Kernel:
     clock: str = "host"
     num_bytes: int = 0
     """Of K and V that the calls had to read, once for each KV head."""
+    median_ns: float = 0
+    """Of a call, over the steps: the first one may have compiled or loaded the kernel."""
 
 
 @dataclass
@@ -308,8 +311,12 @@ class _Reading:
         made.kernels = sorted(self.kernels.values(), key=lambda k: -k.total_ns)
         made.num_workers = len(self.workers)
         made.num_shared_blocks = len(self.shared)
+        times: dict[tuple[str, str], list[float]] = {}
+        for row in made.kernel_steps:
+            times.setdefault((row.kernel, row.variant), []).append(row.total_ns / row.num_calls)
         for key, kernel in self.kernels.items():
             kernel.num_steps = len(self.kernel_steps[key])
+            kernel.median_ns = median(times[key])
         if made.engine:
             in_use = {
                 block for table in self.state.tables.values() for row in table for block in row

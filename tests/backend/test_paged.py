@@ -1,9 +1,9 @@
 """Paged attention inside the real engine: block size 16, V1 and V2 by the rule, the engine's own tokens."""
 
 import pytest
+from backend.conftest import worked
 from helpers import run_cli
 
-from backend.conftest import worked
 from vllm_trace.errors import UsageError
 from vllm_trace.events import AttentionCalled, AttentionPlanned, BackendSelected, SlotsMapped
 from vllm_trace.invariants import checking

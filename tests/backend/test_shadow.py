@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from backend.conftest import asked, work, worked
 from helpers import run_cli
 
-from backend.conftest import asked, work, worked
 from vllm_trace.backend.case import TOLERANCE, AttentionCase
 from vllm_trace.events import AttentionCalled
 from vllm_trace.render import shadow as said_of

@@ -1,6 +1,7 @@
 """The real ``PagedAttention.forward_decode`` of vLLM 0.11.0 with the CPU build's own ops, traced: ``make lane-0.11``.
 
-Three witnesses of each call: the rule as it is recorded, the op hook, and torch's dispatcher, which no hook of ours touches.
+Three witnesses of each call: the rule as it is recorded, the op hook, and torch's dispatcher, which no hook of ours
+touches.
 """
 
 import importlib.metadata

@@ -1,8 +1,8 @@
 """Attention of our own inside a live vLLM: decode by V1 or V2 as PagedAttention's rule says, prefill with context.
 
-``paged`` uses the kernels of `mini`, ``paged:vllm`` vLLM's own ``paged_attention_v1/v2`` and ``reshape_and_cache`` where
-the installed release has them. `support` says beforehand what cannot be done, `vllm_classes` is what vLLM loads,
-`paged` is the attention, `shadow` computes a call a second time and compares.
+``paged`` uses the kernels of `mini`, ``paged:vllm`` vLLM's own ``paged_attention_v1/v2`` and ``reshape_and_cache``
+where the installed release has them. `support` says beforehand what cannot be done, `vllm_classes` is what vLLM
+loads, `paged` is the attention, `shadow` computes a call a second time and compares.
 
 Nothing here imports torch or vLLM until it is asked to: the front door is also opened by readers of traces.
 """

@@ -23,8 +23,8 @@ from vllm_trace.mini import attention
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Largest error by the dtype of the computation, as a share of the largest value that was read.
 
-An output is a weighted mean of values, so rounding moves it by a few units in the last place of the largest one: four for
-the half types (their weights and the sum are rounded: 2**-11 and 2**-8 each), and for float32, whose kernels use
+An output is a weighted mean of values, so rounding moves it by a few units in the last place of the largest one: four
+for the half types (their weights and the sum are rounded: 2**-11 and 2**-8 each), and for float32, whose kernels use
 approximate exponentials and sum thousands of terms, 2e-5. The reference is float32 throughout, over the same stored
 keys and values.
 """
@@ -238,7 +238,7 @@ class AttentionCase:
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get("vllm_trace_attention")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         except (OSError, SafetensorError) as error:
             raise TraceError(f"{path} cannot be read: {error}") from None
         if text is None:

@@ -1,4 +1,4 @@
-"""Bytes that a plain copy moves in a second on this device, reads and writes counted: the ceiling of a kernel that only reads.
+"""Bytes that a plain copy moves in a second on this device, reads and writes counted: what a reading kernel can reach.
 
 python -m vllm_trace.backend.copy_rate    # prints it
 """

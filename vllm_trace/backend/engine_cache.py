@@ -1,7 +1,7 @@
 """The blocks of an engine's KV cache as plain K and V, whichever backend laid them out.
 
-Source: vLLM 0.20.2 and 0.32.0: ``get_kv_cache_shape`` of each backend; csrc/cpu/cpu_attn_vec.hpp and cpu_attn_amx.hpp for
-what ``cpu_attn_reshape_and_cache`` does to a block. Seen on both: a block written by vLLM reads back as it was.
+Source: vLLM 0.20.2 and 0.32.0: ``get_kv_cache_shape`` of each backend; csrc/cpu/cpu_attn_vec.hpp and cpu_attn_amx.hpp
+for what ``cpu_attn_reshape_and_cache`` does to a block. Seen on both: a block written by vLLM reads back as it was.
 
 Shapes: every function takes the cache of one layer and block ids, and returns copies of K and V
 ``[num_ids, block_size, num_kv_heads, head_size]`` on the host.

@@ -1,6 +1,7 @@
 """The attention of the backend, without vLLM's classes: two engines that write K and V, decode and prefill.
 
-Follows: vLLM 0.11.0, vllm/attention/ops/paged_attn.py: ``write_to_paged_cache``, ``forward_decode``, ``forward_prefix``.
+Follows: vLLM 0.11.0, vllm/attention/ops/paged_attn.py: ``write_to_paged_cache``, ``forward_decode``,
+``forward_prefix``.
 Leaves out: attention sinks, encoder layers, quantised queries and outputs.
 
 Shapes, in both engines:
@@ -52,8 +53,8 @@ class Shape:
 def split_cache(kv_cache: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """K and V as [num_blocks, block_size, num_kv_heads, head_size], over the memory that vLLM gave.
 
-    vLLM 0.20: (2, blocks, block_size, heads, head_size). 0.32: (blocks, heads, block_size, 2 * head_size), where we keep K
-    in the first half of each token's row and V in the second.
+    vLLM 0.20: (2, blocks, block_size, heads, head_size). 0.32: (blocks, heads, block_size, 2 * head_size), where we
+    keep K in the first half of each token's row and V in the second.
     """
     if kv_cache.dim() == 5:
         key_cache, value_cache = kv_cache.unbind(0)

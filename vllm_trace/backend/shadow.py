@@ -1,8 +1,8 @@
 """The shadow: every attention call of the engine a second time by our kernels, on the same cache and tables.
 
-Not for speed: the batch is copied to the host, which on a GPU waits for the stream. The first call whose error is beyond
-the tolerance, or that reads a NaN or an infinity, is kept with its table and slots and saved; ``replay --attention``
-computes it again without vLLM.
+Not for speed: the batch is copied to the host, which on a GPU waits for the stream. The first call whose error is
+beyond the tolerance, or that reads a NaN or an infinity, is kept with its table and slots and saved;
+``replay --attention`` computes it again without vLLM.
 
 Leaves out: encoder layers and cross attention (no paged cache), backends whose cache layout is not known, attention
 sinks. Such a call counts as a failed probe and is not counted as compared.

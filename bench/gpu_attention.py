@@ -339,11 +339,16 @@ def markdown(found: dict[str, Any]) -> str:
         )
         would = " (counterfactual)" if run["counterfactual"] else ""
         judged = "hold" if run["invariants_exit"] == 0 else "BROKEN"
-        lines.append(
-            f"| {run['scenario']}{', shadow' if run['shadow'] else ''} | {', '.join(run['backends'])} |"
-            f" {run['steps']} | {', '.join(run['modes'])} | {judged} | {replay} | {run['v1_steps']} / {run['v2_steps']}{would} |"
-        )
+        title = run["scenario"] + (", shadow" if run["shadow"] else "")
+        rule = f"{run['v1_steps']} / {run['v2_steps']}{would}"
+        cells = [title, ", ".join(run["backends"]), str(run["steps"]), ", ".join(run["modes"])]
+        lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
     lines += ["", "## Kernel times, between events on the stream", ""]
+    lines += [
+        "Medians over the steps. The models are tiny, so the stream is idle between launches and a time holds the host's own"
+        " launch; the first calls of Triton kernels also compile, which where there is one step only is all that is seen.",
+        "",
+    ]
     lines += [
         "| scenario | backend | kernel | variant | calls | a call, median µs | clock |",
         "|---|---|---|---|---|---|---|",

@@ -74,6 +74,34 @@ def _flash(metadata: Any) -> tuple[str, str, dict[str, int]]:
     )
 
 
+def splits_of_plan(
+    plan: list[int], query_lens: list[int], *, num_rows: int, head_size: int, causal: bool
+) -> list[int] | None:
+    """Into how many parts FlashAttention 3 cuts the keys of each row, from the plan it made ahead of time.
+
+    The plan is vectors of one number for each row, padded to four rows, and a semaphore: query length (times the query
+    heads that share a KV head, when they are packed), then splits if any row has several, then, when causal, how many
+    heads fit into L2. A single new token is not treated as causal unless the head size is above 64 and at most 128.
+    None when the plan is not like that.
+
+    Source: vllm-project/flash-attention, hopper/flash_api.cpp (vLLM 0.20.2); seen on an H200 for 36 batches, where the
+    kernel that combines splits ran exactly when this says more than one.
+    """
+    padded = -(-num_rows // 4) * 4
+    vectors, rest = divmod(len(plan) - 1, padded)
+    rows = len(query_lens)
+    packed = plan[0] // query_lens[0] if rows and query_lens[0] else 0
+    if rest or packed < 1 or plan[:rows] != [packed * length for length in query_lens]:
+        return None
+    swizzled = causal and not (max(query_lens) == 1 and not 64 < head_size <= 128)
+    if vectors == 1 + swizzled:
+        return [1] * rows
+    if vectors != 2 + swizzled:
+        return None
+    splits = plan[padded : padded + rows]
+    return splits if all(1 <= count <= 256 for count in splits) else None
+
+
 def _triton(metadata: Any) -> tuple[str, str, dict[str, int]]:
     """2D/3D by the rule of ``unified_attention`` (0.20.2 to 0.32)."""
     threshold = getattr(metadata, "seq_threshold_3D", None)

@@ -24,7 +24,7 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.hooks.table import probe
-from vllm_trace.patches.kernel_variants import plan_of
+from vllm_trace.patches.kernel_variants import plan_of, splits_of_plan
 from vllm_trace.recorder import Recorder
 
 # The step -------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def read_context() -> tuple[str, int]:
 def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Copy what the kernels are about to get: one entry for each distinct metadata object.
 
-    An entry is (first layer, metadata, planned splits, block table, slots, sequence lengths, query starts).
+    An entry is (first layer, metadata, plan, block table, slots, sequence lengths, query starts).
     """
     from vllm.forward_context import get_forward_context
 
@@ -273,8 +273,8 @@ def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
             if id(given) in entries or not hasattr(given, "block_table"):
                 continue
             tensors = _parts(len(names), given, _slots(context, layer, given))
-            splits = _planned_splits(given)
-            entries[id(given)] = (layer, given, splits, *(host_copy(t) for t in tensors))
+            plan = _plan_copy(given)
+            entries[id(given)] = (layer, given, plan, *(host_copy(t) for t in tensors))
     return names, list(entries.values())
 
 
@@ -292,27 +292,10 @@ def _slots(context: Any, layer: str, given: Any) -> Any:
     return slots if slots is not None else context.slot_mapping[layer]
 
 
-def _planned_splits(given: Any) -> Any:
-    """FlashAttention 3 ahead of time: a copy of the part of its plan that holds the splits of each row, or None.
-
-    Source: vllm-project/flash-attention, hopper/flash_api.cpp of 0.20.2: vectors of one int32 for each row, padded to
-    four rows: query length (times the heads that are packed together), then splits.
-    """
+def _plan_copy(given: Any) -> Any:
+    """A copy of FlashAttention 3's plan that was made ahead of time, or None; `splits_of_plan` reads it."""
     plan = getattr(given, "scheduler_metadata", None)
-    if plan is None or not plan.is_cuda:
-        return None
-    padded = -(-(given.query_start_loc.shape[0] - 1) // 4) * 4
-    return host_copy(plan[: 2 * padded]) if plan.shape[0] > 2 * padded else None
-
-
-def _splits_of(plan: Any, query_lens: list[int]) -> list[int] | None:
-    """Splits of each row; None when the part before them is not what it should be (another build, another plan)."""
-    numbers = as_array(plan).tolist()
-    lengths, splits = numbers[: len(query_lens)], numbers[len(numbers) // 2 :][: len(query_lens)]
-    packed = lengths[0] // query_lens[0] if query_lens and query_lens[0] else 0
-    if packed < 1 or lengths != [packed * length for length in query_lens]:
-        return None
-    return splits if all(1 <= count <= 256 for count in splits) else None
+    return host_copy(plan) if plan is not None and plan.is_cuda else None
 
 
 def host_copy(tensor: Any) -> Any:
@@ -330,7 +313,7 @@ def as_array(copy: Any) -> Any:
 
 
 def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entries: Any) -> None:
-    for layer, given, splits, *copies in entries:
+    for layer, given, ahead, *copies in entries:
         table, slots, seq_lens, starts = map(as_array, copies)
         group, block_size, kernel_block_size = _sizes(rec, runner, layer)
         lens = seq_lens[: len(requests)].tolist()
@@ -348,7 +331,17 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entr
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        plan = plan_of(given, None if splits is None else _splits_of(splits, query_lens))
+        splits = None
+        if ahead is not None:
+            one = runner.compilation_config.static_forward_context[layer]
+            splits = splits_of_plan(
+                as_array(ahead).tolist(),
+                query_lens,
+                num_rows=given.query_start_loc.shape[0] - 1,
+                head_size=one.head_size,
+                causal=given.causal or bool(one.sliding_window),
+            )
+        plan = plan_of(given, splits)
         if plan is not None:
             rec.emit(AttentionPlanned(step, group, *plan))
 

@@ -16,6 +16,7 @@ from .logits import Bend, weighted_sum
 from .support import check_shapes, check_tables
 
 PARTITION_SIZE = 512  # tokens that one V2 partition covers
+WALK = 256  # tokens that V1 collects at a time: a matter of speed only
 MAX_V1_SEQ_LEN = 8192  # V1 keeps all logits of a sequence in shared memory, which ends here
 
 
@@ -77,16 +78,16 @@ def paged_attention_v1(
     """All logits of a sequence first, one softmax over them, then the weighted sum.
 
     The CUDA kernel runs the loop's body once for each sequence and head; here a body does all heads of a sequence. Both
-    walks over the cache go 512 tokens at a time, so that what is collected stays in a CPU's cache.
+    walks over the cache go 256 tokens at a time, so that what is collected stays in a CPU's cache.
     """
     if validate:
         _check(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
-    bend = Bend(scale, alibi_slopes, sliding_window, softcap)
+    bend = Bend(scale, alibi_slopes, sliding_window, softcap, causal=False)  # nothing lies behind
     out = torch.empty_like(query) if out is None else out
     for seq, length in enumerate(seq_lens[: len(query)].tolist()):
         own, table = seq_lens.new_tensor([length - 1]), block_tables[seq]
         first = bend.first_key(length - 1)
-        parts = _parts(first, length, PARTITION_SIZE)
+        parts = _parts(first, length, WALK)
         logits = query.new_empty((query.shape[1], 1, length - first), dtype=torch.float32)
         for start, end in parts:
             keys = collect_keys(key_cache, table, start, end, k_scale, layout)
@@ -135,7 +136,7 @@ def paged_attention_v2(
         raise ValueError(
             f"block size {block_size} does not divide the partition size {PARTITION_SIZE}: V1 takes any"
         )
-    bend = Bend(scale, alibi_slopes, sliding_window, softcap)
+    bend = Bend(scale, alibi_slopes, sliding_window, softcap, causal=False)  # nothing lies behind
     num_seqs, num_heads, head_size = query.shape
     lengths = seq_lens[:num_seqs].tolist()
     num_partitions = max(1, -(-max(lengths, default=0) // PARTITION_SIZE))

@@ -40,6 +40,8 @@ class Bend:
         found = found.view(num_heads, num_tokens, len(keys))
         if self.softcap:
             found = self.softcap * torch.tanh(found / self.softcap)
+        if self.alibi_slopes is None and not self.causal and not self.sliding_window:
+            return found
         distance = torch.arange(start, start + len(keys), device=own.device) - own[:, None]
         if self.alibi_slopes is not None:
             found = found + self.alibi_slopes.to(found)[:, None, None] * distance

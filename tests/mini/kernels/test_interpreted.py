@@ -1,0 +1,55 @@
+"""The Triton kernels on a CPU: Triton's interpreter has to be chosen before Triton is imported, so a process of its own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HERE = Path(__file__).resolve().parent
+
+needs = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torch", "triton")),
+    reason="torch or triton is not installed: mini's kernels cannot run",
+)
+
+
+@needs
+@pytest.mark.parametrize("cases", ["decode_cases.py", "prefill_cases.py", "cache_cases.py"])
+def test_by_the_interpreter(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / cases)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and " skipped" not in result.stdout
+
+
+@needs
+def test_without_gpu_and_interpreter_it_is_said_before_a_launch():
+    code = """
+import torch
+from vllm_trace.mini import kernels
+asked = dict(head_size=300, num_heads=8, num_kv_heads=3, block_size=512, dtype=torch.float64, layout="rows")
+print("\\n".join(kernels.unsupported(**asked, device="cpu")))
+query, cache = torch.zeros(1, 8, 64), torch.zeros(4, 16, 2, 64)
+try:
+    kernels.paged_attention_v1(query, cache, cache, torch.zeros(1, 1), torch.ones(1), 1.0)
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    *wrong, raised = result.stdout.splitlines()
+    assert [
+        "head size 300: multiples of 8 from 8 to 256 are supported",
+        "8 query heads over 3 KV heads: the first must be a multiple of the second",
+        "block size 512: 1 to 256 are supported",
+        "dtype float64: float32, float16, bfloat16 are supported",
+        "layout 'rows': flash, heads, planes, split are supported",
+        "device cpu: Triton needs a GPU, or TRITON_INTERPRET=1 before it is imported",
+    ] == wrong, result.stderr
+    assert raised == wrong[-1]

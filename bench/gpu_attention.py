@@ -9,6 +9,7 @@ machine without CUDA it runs the backends that are there. Writes ``attention.md`
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -223,8 +224,13 @@ def one_run(
             for r in replays
         ],
         "problems": summary.problems,
-        "tokens_of": {k: [list(t) for t in v] for k, v in list(outcome.token_ids.items())[:3]},
+        "tokens_digest": digest(outcome.token_ids),
     }
+
+
+def digest(token_ids: dict[str, list[tuple[int, ...]]]) -> str:
+    """The same for the same tokens, and no token."""
+    return hashlib.sha256(repr(sorted(token_ids.items())).encode()).hexdigest()[:16]
 
 
 def cost(asked: Any, backend: str) -> dict[str, Any]:
@@ -345,8 +351,9 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [
-        "Medians over the steps. The models are tiny, so the stream is idle between launches and a time holds the host's own"
-        " launch; the first calls of Triton kernels also compile, which where there is one step only is all that is seen.",
+        "Medians over the steps. The models are tiny, so the stream is idle between launches and a time holds the host's"
+        " own launch; the first calls of Triton kernels also compile, which where there is one step only is all that"
+        " is seen.",
         "",
     ]
     lines += [

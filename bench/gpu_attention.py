@@ -351,9 +351,9 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [
-        "Medians over the steps. The models are tiny, so the stream is idle between launches and a time holds the host's"
-        " own launch; the first calls of Triton kernels also compile, which where there is one step only is all that"
-        " is seen.",
+        "Medians over the steps. The models are tiny, so the stream is idle between launches and a"
+        " time holds the host's own launch; the first calls of Triton kernels also compile, which"
+        " where there is one step only is all that is seen.",
         "",
     ]
     lines += [

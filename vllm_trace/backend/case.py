@@ -30,7 +30,10 @@ keys and values.
 """
 
 FLOAT8_TOLERANCE = 0.12
-"""With an 8-bit cache the engine's kernel also rounds queries and weights to 8 bits (2**-4 each)."""
+"""Of kernels that, with an 8-bit cache, also round queries and weights to 8 bits (2**-4 each)."""
+
+ROUND_QUERIES = ("FlashAttentionImpl",)
+"""Which those are; the others compute in the model's own dtype."""
 
 VERSION = 1
 
@@ -99,7 +102,7 @@ class AttentionCase:
 
     @property
     def tolerance(self) -> float:
-        if self.key_blocks.element_size() == 1:
+        if self.key_blocks.element_size() == 1 and self.about.get("kernel") in ROUND_QUERIES:
             return FLOAT8_TOLERANCE
         return TOLERANCE.get(self.dtype, TOLERANCE["bfloat16"])
 

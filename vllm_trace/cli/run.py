@@ -136,15 +136,17 @@ def _drive(
 
 def _copy_rate(engine_args: dict[str, Any]) -> int:
     """What a copy moves on this device, for the share that kernels reach of it; 0: not known."""
+    from vllm_trace.backend.copy_rate import measure, measure_apart
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        from vllm_trace.backend.copy_rate import measure, measure_apart
-    except ImportError:
-        return 0  # no torch: the engine will say it better
     # An engine in other processes must not find CUDA in use here: it may be forked.
     apart = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0"
-    apart = apart or int(engine_args.get("tensor_parallel_size", 1)) > 1
-    return measure_apart() if apart else measure()
+    try:
+        if apart or int(engine_args.get("tensor_parallel_size", 1)) > 1:
+            return measure_apart()
+        return measure()
+    except (ImportError, ValueError):
+        return 0  # no torch, or no number: the engine will say it better
 
 
 class _Progress:

@@ -7,6 +7,7 @@ import pytest
 
 from vllm_trace.events import AttentionCalled, SlotsMapped, StepExecuted, TableRowChanged
 from vllm_trace.options import Options
+from vllm_trace.patches import attention_probes as a
 from vllm_trace.patches import worker_probes as w
 from vllm_trace.recorder import Recorder
 from vllm_trace.tracefile import TraceFile
@@ -70,7 +71,7 @@ def step(recorder, number, clock, begin, end):
     layer = SimpleNamespace(layer_name="model.layers.3.attn")
     inside = (Mark(begin + 2, clock), Mark(begin + 9, clock))
     recorder.defer(
-        w.attention_called, GivenMetadata, layer, 100 * number + 1, 100 * number + 2, inside
+        a.attention_called, GivenMetadata, layer, 100 * number + 1, 100 * number + 2, inside
     )
     recorder.defer(w.forward_done, 100 * number, 100 * number + 9, "eager", 1, batch, marks)
     out = SimpleNamespace(vtrace_step=number, finished_req_ids=set(), total_num_scheduled_tokens=1)

@@ -121,7 +121,7 @@ class AttentionCase:
         made = torch.empty(self.output.shape, dtype=torch.float32)
         query, table = self.query.float(), self.table.clamp(min=0)
         lens, starts = torch.tensor(self.seq_lens), torch.tensor(self.query_start_loc)
-        extras = {"sliding_window": self.sliding_window, "softcap": self.softcap}
+        extras: dict[str, Any] = {"sliding_window": self.sliding_window, "softcap": self.softcap}
         extras |= {"alibi_slopes": self.alibi_slopes}
         extras = {name: value for name, value in extras.items() if value is not None and value != 0}
         common = (self.scale, self.k_scale, self.v_scale)
@@ -277,7 +277,7 @@ class AttentionCase:
 
 def of_rows(case: AttentionCase, rows: list[int]) -> AttentionCase:
     """The case with some of its rows only; blocks that no other row reads are left out."""
-    starts, tokens = [0], []
+    starts, tokens = [0], list[int]()
     for row in rows:
         begin, end = case.query_start_loc[row], case.query_start_loc[row + 1]
         tokens += range(begin, end)

@@ -54,7 +54,7 @@ class Shadow:
     def _judge(self, case: AttentionCase, found: Found) -> None:
         bad = case.first_not_finite()
         worst = max(found.rows, key=lambda row: row.relative, default=None)
-        if bad is None and (worst is None or worst.relative <= found.tolerance):
+        if worst is None or (bad is None and worst.relative <= found.tolerance):
             return
         self.told = True
         row = bad.row if bad is not None else worst.row

@@ -47,7 +47,7 @@ class PagedBackend(AttentionBackend):
         return "CUSTOM"
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[int]:
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         return list(BLOCK_SIZES[cls.engine])
 
     @classmethod

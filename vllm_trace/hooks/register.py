@@ -82,7 +82,7 @@ def attach(options: Options) -> Recorder:
 def _prepare_attention(options: Options) -> None:
     """Our attention backend and the shadow, where they were asked for."""
     from vllm_trace.backend import calls, register_backend
-    from vllm_trace.patches.worker_probes import paged_forward
+    from vllm_trace.patches.attention_probes import paged_forward
 
     register_backend(options.attention)
     assert _active is not None

@@ -11,10 +11,10 @@ VTRACE_CACHE   ?= $(HOME)/.cache/vllm-trace
 VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
 export VTRACE_CACHE
 
-.PHONY: help env demo test browser lint types bench pictures clean
+.PHONY: help env demo test browser lint types bench pictures lane-0.11 clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 env:  ## the environment alone (.ci/lane says what it is)
 	@.ci/lane
@@ -44,6 +44,10 @@ bench: env  ## what tracing costs: on/off pairs, other tracers beside it
 pictures: env browser  ## make the README's pictures anew
 	@$(PY) docs/pictures.py
 
+lane-0.11:  ## the release that the learning plan describes, with its real forward_decode and both ops (7 GB, once)
+	@.ci/lane-0.11
+	@.venv-0.11/bin/python -m pytest --rootdir . -p no:cacheprovider tests/seed $(T)
+
 clean:  ## remove what make made here (the shared environment stays in VTRACE_CACHE)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-0.11 build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,6 @@ A module ``v0_NN`` holds ``TABLE``. The probes stand in ``scheduler_probes`` (En
 from __future__ import annotations
 
 from vllm_trace.hooks.table import HookTable
-from vllm_trace.patches import v0_32, v0_33
+from vllm_trace.patches import v0_11, v0_20, v0_32, v0_33
 
-TABLES: tuple[HookTable, ...] = (v0_32.TABLE, v0_33.TABLE)
+TABLES: tuple[HookTable, ...] = (v0_11.TABLE, v0_20.TABLE, v0_32.TABLE, v0_33.TABLE)

@@ -11,9 +11,16 @@ from typing import Any
 _CPU_ISA = {0: "amx", 1: "vec", 2: "vec16", 3: "neon", 4: "vxe", 5: "rvv", 6: "vsx"}
 
 
-def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]]:
-    """(kernel, variant, numbers) of one step's attention metadata."""
+def plan_of(
+    metadata: Any, splits: list[int] | None = None
+) -> tuple[str, str, dict[str, int]] | None:
+    """(kernel, variant, numbers) of one step's attention metadata; None where each call says it.
+
+    ``splits``: of each row, where a plan on the device holds them.
+    """
     name = type(metadata).__name__
+    if name == "PagedMetadata":
+        return None
     numbers = {
         field: int(value)
         for field in ("num_actual_tokens", "max_query_len", "max_seq_len")
@@ -23,6 +30,9 @@ def plan_of(metadata: Any) -> tuple[str, str, dict[str, int]]:
     if reader is None:
         return name.removesuffix("Metadata"), "", numbers
     kernel, variant, more = reader(metadata)
+    if splits:
+        variant = "1 split" if max(splits) == 1 else "splits"
+        more |= {"min_splits": min(splits), "max_splits": max(splits)}
     return kernel, variant, numbers | more
 
 
@@ -62,6 +72,34 @@ def _flash(metadata: Any) -> tuple[str, str, dict[str, int]]:
         variant,
         {"max_num_splits": splits, "planned_ahead": int(ahead)},
     )
+
+
+def splits_of_plan(
+    plan: list[int], query_lens: list[int], *, num_rows: int, head_size: int, causal: bool
+) -> list[int] | None:
+    """Into how many parts FlashAttention 3 cuts the keys of each row, from the plan it made ahead of time.
+
+    The plan is vectors of one number for each row, padded to four rows, and a semaphore: query length (times the query
+    heads that share a KV head, when they are packed), then splits if any row has several, then, when causal, how many
+    heads fit into L2. A single new token is not treated as causal unless the head size is above 64 and at most 128.
+    None when the plan is not like that.
+
+    Source: vllm-project/flash-attention, hopper/flash_api.cpp (vLLM 0.20.2); seen on an H200 for 36 batches, where the
+    kernel that combines splits ran exactly when this says more than one.
+    """
+    padded = -(-num_rows // 4) * 4
+    vectors, rest = divmod(len(plan) - 1, padded)
+    rows = len(query_lens)
+    packed = plan[0] // query_lens[0] if rows and query_lens[0] else 0
+    if rest or packed < 1 or plan[:rows] != [packed * length for length in query_lens]:
+        return None
+    swizzled = causal and not (max(query_lens) == 1 and not 64 < head_size <= 128)
+    if vectors == 1 + swizzled:
+        return [1] * rows
+    if vectors != 2 + swizzled:
+        return None
+    splits = plan[padded : padded + rows]
+    return splits if all(1 <= count <= 256 for count in splits) else None
 
 
 def _triton(metadata: Any) -> tuple[str, str, dict[str, int]]:

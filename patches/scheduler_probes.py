@@ -114,7 +114,7 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
         "max_in_flight_tokens": getattr(config, "max_in_flight_tokens", None),
         "retention_interval": getattr(manager.coordinator, "retention_interval", None),
         "kv_cache_dtype": str(cache.cache_dtype),
-        "kv_events": bool(manager.enable_kv_cache_events),
+        "kv_events": bool(manager.block_pool.enable_kv_cache_events),
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "data_parallel_rank": parallel.data_parallel_rank,
@@ -328,6 +328,16 @@ def get_new_blocks(append, num_blocks, result):
 def remove_cached_block_hashes(append, result, block):
     if result:
         append(BlockEvicted(block.block_id, [hash_in_key(key, -12)[0] for key in result]))
+
+
+def _hash_before(block):
+    return block.block_hash
+
+
+@probe(before=_hash_before)
+def maybe_evict_cached_block(append, result, seen, block):
+    if result:
+        append(BlockEvicted(block.block_id, [hash_in_key(seen, -12)[0]]))
 
 
 @probe()

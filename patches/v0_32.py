@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
+from vllm_trace.patches import attention_probes as a
 from vllm_trace.patches import scheduler_probes as s
 from vllm_trace.patches import worker_probes as w
 
@@ -187,31 +188,32 @@ WORKER_HOOKS = (
     ),
     Hook(
         f"{_BACKENDS}.cpu_attn:CPUAttentionBackendImpl.forward",
-        w.attention_forward,
+        a.attention_forward,
         emits="attention.called",
         platform="cpu",
         without="kernels have no time",
     ),
     Hook(
         f"{_BACKENDS}.flash_attn:FlashAttentionImpl.forward",
-        w.attention_forward,
+        a.attention_forward_on_device,
         emits="attention.called",
         platform="cuda",
         without="FlashAttention kernels have no time",
     ),
     Hook(
         f"{_BACKENDS}.triton_attn:TritonAttentionImpl.forward",
-        w.attention_forward,
+        a.attention_forward_on_device,
         emits="attention.called",
         platform="cuda",
         without="Triton kernels have no time",
     ),
     Hook(
         f"{_BACKENDS}.flashinfer:FlashInferImpl.forward",
-        w.attention_forward,
+        a.attention_forward_on_device,
         emits="attention.called",
         platform="cuda",
         without="FlashInfer kernels have no time",
+        needs="flashinfer",
     ),
 )
 

@@ -2,16 +2,18 @@
 
 The batch is copied while the model's forward context is set: the tables and slots are then the
 ones that the kernels receive. Facts of one step wait in ``rec.state`` until ``execute_model``
-returns, because only it knows the number of the step.
+returns, because only it knows the number of the step. On a GPU nothing here waits for the stream:
+copies go to pinned memory and times come from events on the stream, and the step is decoded at
+the first flush that finds the device past them.
 """
 
 from __future__ import annotations
 
-import re
+import sys
 from typing import Any
 
+from vllm_trace.device_clock import elapsed_ns, give_back, mark, passed
 from vllm_trace.events import (
-    AttentionCalled,
     AttentionPlanned,
     BackendSelected,
     SlotsMapped,
@@ -20,7 +22,8 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.hooks.table import probe
-from vllm_trace.patches.kernel_variants import plan_of
+from vllm_trace.patches.attention_probes import Call, emit_calls
+from vllm_trace.patches.kernel_variants import plan_of, splits_of_plan
 from vllm_trace.recorder import Recorder
 
 # The step -------------------------------------------------------------------------------
@@ -39,13 +42,11 @@ def step_executed(
     rec.rank = runner.vllm_config.parallel_config.rank
     step = getattr(out, "vtrace_step", 0)
     rec.state["executed_step"] = step
-    rec.state["gone"] = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
+    gone = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
     if forward is None or forward["started"] < started:
+        rec.state.setdefault("gone", []).extend(gone)
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
-    if forward["batch"] is not None:
-        _emit_batch(rec, step, runner, forward["batch"])
-    _emit_calls(rec, step, [call for call in calls if call[2] >= started])
-    return StepExecuted(
+    event = StepExecuted(
         step,
         started,
         ended - started,
@@ -56,11 +57,49 @@ def step_executed(
         forward["num_tokens_padded"],
         forward["mode"],
     )
+    calls = [call for call in calls if call.started_ns >= started]
+    batch = forward["batch"]
+    requests = rec.numbers_of(batch[0]) if batch is not None else []
+    values = (event, runner, requests, batch[1] if batch else (), calls, forward["marks"], gone)
+    marks = [*forward["marks"], *(one for call in calls for one in call.marks)]
+    if any(one is not None for one in marks):
+        rec.defer_until(lambda wait: passed(marks, wait), step_finished, *values)
+        return None
+    return step_finished(rec, *values)
 
 
-@probe()
-def model_forward(defer, started, ended, self):
-    defer(forward_done, started, ended, *read_context(), read_batch(self))
+def step_finished(
+    rec: Recorder,
+    event: StepExecuted,
+    runner: Any,
+    requests: list[int],
+    entries: Any,
+    calls: list[Call],
+    marks: tuple[Any, ...],
+    gone: list[int],
+) -> StepExecuted:
+    """The device is past the step: its tables and times can be read."""
+    rec.state.setdefault("gone", []).extend(gone)
+    _emit_batch(rec, event.step, runner, requests, entries)
+    rec.state["gone"] = []
+    emit_calls(rec, event.step, calls, requests)
+    first, last, copied = marks
+    if first is not None and last is not None:
+        event.device_dur_ns = elapsed_ns(first, last)
+    give_back((first, last, copied))
+    return event
+
+
+def _mark_before(input_ids, inputs_embeds):
+    return mark(input_ids if input_ids is not None else inputs_embeds)
+
+
+@probe(before=_mark_before)
+def model_forward(defer, started, ended, seen, self, input_ids, inputs_embeds):
+    last = mark(input_ids if input_ids is not None else inputs_embeds)
+    batch = read_batch(self)
+    copied = mark(input_ids if input_ids is not None else inputs_embeds)
+    defer(forward_done, started, ended, *read_context(), batch, (seen, last, copied))
 
 
 @probe()
@@ -69,7 +108,13 @@ def model_forward_light(defer, started, ended):
 
 
 def forward_done(
-    rec: Recorder, started: int, ended: int, mode: str, num_tokens_padded: int, batch: Any
+    rec: Recorder,
+    started: int,
+    ended: int,
+    mode: str,
+    num_tokens_padded: int,
+    batch: Any,
+    marks: tuple[Any, ...] = (None, None, None),
 ) -> None:
     rec.state["forward"] = {
         "started": started,
@@ -77,6 +122,7 @@ def forward_done(
         "mode": mode,
         "num_tokens_padded": num_tokens_padded,
         "batch": batch,
+        "marks": marks,
     }
 
 
@@ -115,9 +161,10 @@ def step_executed_v2(
     if began < started:
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
     for group, given in forward.get("metadata", ()):
-        rec.emit(AttentionPlanned(step, group, *plan_of(given)))
-    _emit_calls(rec, step, [call for call in calls if call[2] >= started])
-    return StepExecuted(
+        plan = plan_of(given)
+        if plan is not None:
+            rec.emit(AttentionPlanned(step, group, *plan))
+    event = StepExecuted(
         step,
         started,
         ended - started,
@@ -128,6 +175,17 @@ def step_executed_v2(
         forward.get("num_tokens_padded", 0),
         forward.get("mode", ""),
     )
+    calls = [call for call in calls if call.started_ns >= started]
+    marks = [one for call in calls for one in call.marks]
+    if any(one is not None for one in marks):
+        rec.defer_until(lambda wait: passed(marks, wait), step_finished_v2, event, calls)
+        return None
+    return step_finished_v2(rec, event, calls)
+
+
+def step_finished_v2(rec: Recorder, event: StepExecuted, calls: list[Call]) -> StepExecuted:
+    emit_calls(rec, event.step, calls, [])
+    return event
 
 
 @probe()
@@ -201,21 +259,31 @@ def read_context() -> tuple[str, int]:
 def read_batch(runner: Any) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Copy what the kernels are about to get: one entry for each distinct metadata object.
 
-    An entry is (first layer, metadata, block table, slots, sequence lengths, query starts).
+    An entry is (first layer, metadata, plan, block table, slots, sequence lengths, query starts).
     """
     from vllm.forward_context import get_forward_context
 
     context = get_forward_context()
     metadata = context.attn_metadata
+    names = list(runner.input_batch.req_ids)
     entries: dict[int, tuple[Any, ...]] = {}
     for by_layer in metadata if isinstance(metadata, list) else [metadata]:
         for layer, given in (by_layer or {}).items():
             if id(given) in entries or not hasattr(given, "block_table"):
                 continue
-            slots = _slots(context, layer, given)
-            tensors = (given.block_table, slots, given.seq_lens, given.query_start_loc)
-            entries[id(given)] = (layer, given, *(host_copy(t) for t in tensors))
-    return list(runner.input_batch.req_ids), list(entries.values())
+            tensors = _parts(len(names), given, _slots(context, layer, given))
+            plan = _plan_copy(given)
+            entries[id(given)] = (layer, given, plan, *(host_copy(t) for t in tensors))
+    return names, list(entries.values())
+
+
+def _parts(num_rows: int, given: Any, slots: Any) -> tuple[Any, Any, Any, Any]:
+    """What is worth copying: on a GPU only the part that this step uses, not the whole buffer."""
+    table, lens, starts = given.block_table, given.seq_lens, given.query_start_loc
+    if table.is_cuda:
+        table, lens, starts = table[:num_rows], lens[:num_rows], starts[: num_rows + 1]
+        slots = slots[: given.num_actual_tokens]
+    return table, slots, lens, starts
 
 
 def _slots(context: Any, layer: str, given: Any) -> Any:
@@ -223,19 +291,33 @@ def _slots(context: Any, layer: str, given: Any) -> Any:
     return slots if slots is not None else context.slot_mapping[layer]
 
 
+def _plan_copy(given: Any) -> Any:
+    """A copy of FlashAttention 3's plan that was made ahead of time, or None; `splits_of_plan` reads it."""
+    plan = getattr(given, "scheduler_metadata", None)
+    return host_copy(plan) if plan is not None and plan.is_cuda else None
+
+
 def host_copy(tensor: Any) -> Any:
-    """A numpy copy. On a GPU this waits for the stream; a device trace uses pinned copies."""
-    return tensor.detach().cpu().numpy().copy()
+    """A copy on the host: there when the call returns, or when the stream is past it."""
+    if not tensor.is_cuda:
+        return tensor.detach().cpu().numpy().copy()
+    torch = sys.modules["torch"]
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor.detach(), non_blocking=True)
 
 
-def _emit_batch(rec: Recorder, step: int, runner: Any, batch: Any) -> None:
-    names, entries = batch
-    requests = rec.numbers_of(names)
-    for layer, given, table, slots, seq_lens, starts in entries:
+def as_array(copy: Any) -> Any:
+    """A finished copy as a numpy array."""
+    return copy.numpy() if hasattr(copy, "numpy") else copy
+
+
+def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entries: Any) -> None:
+    for layer, given, ahead, *copies in entries:
+        table, slots, seq_lens, starts = map(as_array, copies)
         group, block_size, kernel_block_size = _sizes(rec, runner, layer)
-        lens = seq_lens[: len(names)].tolist()
+        lens = seq_lens[: len(requests)].tolist()
         _emit_rows(rec, step, group, requests, lens, table, kernel_block_size)
-        query_lens = (starts[1 : len(names) + 1] - starts[: len(names)]).tolist()
+        query_lens = (starts[1 : len(requests) + 1] - starts[: len(requests)]).tolist()
         rec.emit(
             SlotsMapped(
                 step,
@@ -248,8 +330,19 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, batch: Any) -> None:
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        kernel, variant, numbers = plan_of(given)
-        rec.emit(AttentionPlanned(step, group, kernel, variant, numbers))
+        splits = None
+        if ahead is not None:
+            one = runner.compilation_config.static_forward_context[layer]
+            splits = splits_of_plan(
+                as_array(ahead).tolist(),
+                query_lens,
+                num_rows=given.query_start_loc.shape[0] - 1,
+                head_size=one.head_size,
+                causal=given.causal or bool(one.sliding_window),
+            )
+        plan = plan_of(given, splits)
+        if plan is not None:
+            rec.emit(AttentionPlanned(step, group, *plan))
 
 
 def _sizes(rec: Recorder, runner: Any, layer: str) -> tuple[int, int, int]:
@@ -260,9 +353,12 @@ def _sizes(rec: Recorder, runner: Any, layer: str) -> tuple[int, int, int]:
         index = next(i for i, group in enumerate(groups) if layer in group.layer_names)
         block_size = groups[index].kv_cache_spec.block_size
         kernel = block_size
+        sizes = getattr(runner, "_kernel_block_sizes", None)  # 0.20
+        if sizes is not None and index < len(sizes):
+            kernel = sizes[index]
         for attention_group in runner.attn_groups[index]:
             if layer in attention_group.layer_names:
-                kernel = getattr(attention_group, "kernel_block_size", None) or block_size
+                kernel = getattr(attention_group, "kernel_block_size", None) or kernel
         known[layer] = (index, block_size, kernel)
     return known[layer]
 
@@ -299,49 +395,22 @@ def _emit_rows(
         rec.state[("rows", group)] = now
 
 
-# Attention ------------------------------------------------------------------------------
-
-
-@probe()
-def attention_forward(defer, started, ended, self, layer, attn_metadata):
-    if attn_metadata is not None:
-        defer(attention_called, type(self), layer, started, ended)
-
-
-def attention_called(rec: Recorder, impl: type, layer: Any, started: int, ended: int) -> None:
-    rec.state.setdefault("calls", []).append((impl.__name__, layer, started, ended - started))
-
-
-def _emit_calls(rec: Recorder, step: int, calls: list[tuple[str, Any, int, int]]) -> None:
-    by_impl: dict[str, list[tuple[str, Any, int, int]]] = {}
-    for call in calls:
-        by_impl.setdefault(call[0], []).append(call)
-    for impl, some in by_impl.items():
-        layers = [layer_index(getattr(call[1], "layer_name", "")) for call in some]
-        rec.emit(AttentionCalled(step, impl, layers, [c[2] for c in some], [c[3] for c in some]))
-
-
-def layer_index(name: str) -> int:
-    """The layer's number in the model: 3 for ``model.layers.3.self_attn.attn``; -1 if none."""
-    match = re.search(r"\.(\d+)(?:\.|$)", name)
-    return int(match[1]) if match else -1
-
-
 # Backends -------------------------------------------------------------------------------
 
 
 @probe()
 def attention_made(defer, self):
-    defer(backend_selected, self)
+    # Now: a backend may ask vLLM's current configuration for its block sizes.
+    defer(backend_selected, self, self.attn_backend.get_supported_kernel_block_sizes())
 
 
-def backend_selected(rec: Recorder, layer: Any) -> BackendSelected:
+def backend_selected(rec: Recorder, layer: Any, sizes: Any) -> BackendSelected:
     backend = layer.attn_backend
-    name = backend.get_name()
+    ours = getattr(backend, "trace_name", None)
+    name = ours() if ours is not None else backend.get_name()
     candidates = list(rec.state.get("candidates", ()))
     if name not in [candidate[0] for candidate in candidates]:
         candidates.append((name, ""))
-    sizes = getattr(backend, "get_supported_kernel_block_sizes", tuple)()
     return BackendSelected(
         layer=layer.layer_name,
         backend=name,
@@ -353,7 +422,8 @@ def backend_selected(rec: Recorder, layer: Any) -> BackendSelected:
             "head_size": layer.head_size,
             "kv_cache_dtype": str(layer.kv_cache_dtype),
             "block_sizes": [_size_rule(size) for size in sizes],
-        },
+        }
+        | ({"asked_for": True} if rec.state.get("asked_for") else {}),
     )
 
 
@@ -374,6 +444,34 @@ def cpu_candidates(rec: Recorder, asked: Any, path: str) -> None:
     rejected = f"Cannot use {name} backend on CPU."
     chosen = "CPU_MLA" if "mla" in path.lower() else "CPU_ATTN"
     rec.state["candidates"] = [(name, rejected)] if name and name != chosen else []
+
+
+@probe()
+def cuda_backend_chosen(defer, selected_backend):
+    defer(cuda_backend_asked, selected_backend)
+
+
+def cuda_backend_asked(rec: Recorder, asked: Any) -> None:
+    """A backend that the user names is taken if it is valid: no other one is looked at."""
+    rec.state["asked_for"] = asked is not None
+    if asked is not None:
+        rec.state["candidates"] = []
+
+
+@probe()
+def cuda_backends_ranked_0_20(defer, result):
+    defer(cuda_candidates_0_20, result)
+
+
+def cuda_candidates_0_20(
+    rec: Recorder, result: tuple[list[tuple[Any, int]], dict[Any, tuple[int, list[str]]]]
+) -> None:
+    """0.20 gives pairs of backend and priority."""
+    valid, invalid = result
+    ranked = [(p, backend.name, "; ".join(reasons)) for backend, (p, reasons) in invalid.items()]
+    for place, (backend, priority) in enumerate(sorted(valid, key=lambda pair: pair[1])):
+        ranked.append((priority, backend.name, "" if place == 0 else "valid, of lower priority"))
+    rec.state["candidates"] = [(name, why) for _, name, why in sorted(ranked)]
 
 
 @probe()

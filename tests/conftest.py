@@ -10,6 +10,7 @@ from vllm_trace.hooks.source import VllmSource
 from vllm_trace.options import OTHER_VARIABLES, cache_dir
 
 # A developer's own settings must not decide what the tests see.
+SOURCE_0_20 = os.environ.get("VTRACE_SOURCE_0_20", "")
 SOURCE_0_33 = os.environ.get("VTRACE_SOURCE_0_33", "")
 for name in [name for name in os.environ if name.startswith("VTRACE_")]:
     if name not in OTHER_VARIABLES:
@@ -44,6 +45,15 @@ def source_0_33():
     source = VllmSource.at(Path(SOURCE_0_33)) if SOURCE_0_33 else VllmSource.installed()
     if source is None or not source.version.startswith("0.33."):
         pytest.skip("no vLLM 0.33: VTRACE_SOURCE_0_33 may name the folder of an unpacked wheel")
+    return source
+
+
+@pytest.fixture(scope="session")
+def source_0_20():
+    """A vLLM 0.20: the one that is unpacked in ``VTRACE_SOURCE_0_20``, or the one that is installed."""
+    source = VllmSource.at(Path(SOURCE_0_20)) if SOURCE_0_20 else VllmSource.installed()
+    if source is None or not source.version.startswith("0.20."):
+        pytest.skip("no vLLM 0.20: VTRACE_SOURCE_0_20 may name the folder of an unpacked wheel")
     return source
 
 

@@ -26,11 +26,12 @@ FIELDS = {
     16: "step.scheduled: step started_ns dur_ns num_running num_waiting num_free_blocks num_kept "
     "requests num_tokens new resumed preempted finished num_spec_tokens kept",
     17: "step.updated: step started_ns dur_ns num_output_tokens token_ids",
-    18: "step.executed: step started_ns dur_ns forward_ns forward_dur_ns rank num_tokens num_tokens_padded mode",
+    18: "step.executed: step started_ns dur_ns forward_ns forward_dur_ns rank num_tokens num_tokens_padded mode "
+    "device_dur_ns",
     19: "table.changed: step group request first blocks",
     20: "slots.mapped: step group block_size kernel_block_size requests query_lens seq_lens slots",
-    21: "attention.planned: step group kernel variant numbers",
-    22: "attention.called: step kernel layers started_ns dur_ns clock",
+    21: "attention.planned: step group kernel variant numbers layers reason",
+    22: "attention.called: step kernel layers started_ns dur_ns clock worst tolerance beyond",
     23: "backend.selected: layer backend impl candidates settings",
     24: "probe.failed: hook error",
     25: "request.seen: request request_id",
@@ -74,8 +75,8 @@ def test_every_event_of_the_module_can_be_in_a_trace():
 
 def test_what_an_older_writer_left_out_at_the_end_is_the_default():
     whole = msgspec.to_builtins(events.AttentionCalled(3, "flash", [0], [5], [7], "cuda"))
-    assert [22, 3, "flash", [0], [5], [7], "cuda"] == whole
-    older = msgspec.msgpack.encode([whole[:-1]])
+    assert [22, 3, "flash", [0], [5], [7], "cuda", [], 0.0, {}] == whole
+    older = msgspec.msgpack.encode([whole[:-4]])
     assert [events.AttentionCalled(3, "flash", [0], [5], [7])] == msgspec.msgpack.decode(
         older, type=list[AnyEvent]
     )

@@ -23,7 +23,13 @@ ROOMS = {
     "recorder": (["__init__", "events", "options", "packing", "tracefile"], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
     "sidecar": (["errors", "tracefile"], []),
-    "patches": (["events", "hooks", "packing", "recorder"], []),
+    "decode_rule": ([], []),
+    "device_clock": ([], []),
+    "patches": (["decode_rule", "device_clock", "events", "hooks", "packing", "recorder"], []),
+    "backend": (
+        ["decode_rule", "device_clock", "errors", "mini"],
+        ["safetensors", "torch", "vllm"],
+    ),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),
     "divergence": (["events", "mini", "trace"], []),
@@ -37,7 +43,7 @@ ROOMS = {
     "state": (["events"], []),
     "tables": (["events"], []),
     "trace": (["errors", "events", "tracefile"], ["zstandard"]),
-    "summary": (["events", "state", "trace"], ["rich"]),
+    "summary": (["decode_rule", "events", "state", "trace"], ["rich"]),
     "scenario": (["errors", "events", "trace"], ["tomli", "tomllib"]),
     "scenarios": ([], []),
     "replay": (["divergence", "errors", "events", "mini", "trace", "tracefile"], []),
@@ -113,7 +119,8 @@ ROOMS = {
 TOPS = {"cli"}
 #: Room → what it may import inside a function only, because it is big, or because it would be a circle.
 LATE = {
-    "hooks": ["patches"],
+    "hooks": ["patches", "backend"],
+    "runner": ["backend"],
     "doctor": ["patches"],
     "tables": ["patches"],
     "invariants": ["hooks", "options"],
@@ -124,7 +131,8 @@ LATE = {
     "learn": ["matplotlib", "watchfiles"],
     "checkpoints": ["numpy", "safetensors", "tokenizers", "transformers"],
 }
-#: Never at module level outside mini: they take seconds, and readers of traces have neither.
+#: Never at module level outside mini and the backend, of which vLLM itself loads what needs them: they take seconds,
+#: and readers of traces have neither.
 HEAVY = {"vllm", "torch", "triton"}
 
 
@@ -216,14 +224,21 @@ def test_nobody_imports_the_command_line():
     assert [] == found
 
 
-def test_only_mini_loads_vllm_torch_or_triton_with_its_module():
+def test_only_mini_and_the_backend_load_vllm_torch_or_triton_with_their_modules():
     found = {
         room
         for room, path in sources()
         for what, _, at_top, _ in imports_of(path)
         if what in HEAVY and at_top
     }
-    assert found <= {"mini"}
+    assert found <= {"mini", "backend"}
+
+
+def test_the_front_door_of_the_backend_and_its_observer_load_nothing_heavy():
+    """The recorder opens them in every traced process."""
+    for name in ("__init__", "calls", "support"):
+        path = ROOT / PACKAGE / "backend" / f"{name}.py"
+        assert [] == [what for what, _, at_top, _ in imports_of(path) if what in HEAVY and at_top]
 
 
 def test_mini_knows_nothing_of_the_rest_and_nothing_of_vllm():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_trace.errors import UsageError
-from vllm_trace.options import LEVELS, OTHER_VARIABLES, Options, cache_dir
+from vllm_trace.options import ATTENTIONS, LEVELS, OTHER_VARIABLES, Options, cache_dir
 
 options = st.builds(
     Options,
@@ -16,7 +16,10 @@ options = st.builds(
     tokens=st.booleans(),
     strict=st.booleans(),
     failures=st.integers(),
-)
+    attention=st.sampled_from(ATTENTIONS),
+    shadow=st.booleans(),
+    copy_rate=st.integers(),
+).filter(lambda asked: not asked.shadow or asked.level == "full")
 
 
 @given(options)
@@ -32,13 +35,14 @@ def test_only_what_differs_from_the_default_is_put_into_the_environment():
 
 
 def test_every_option_can_be_set_by_a_variable():
-    asked = {"dir": "d", "level": "light", "tokens": "yes", "strict": "ON", "failures": "7"}
+    asked = {"dir": "d", "level": "full", "tokens": "yes", "strict": "ON", "failures": "7"}
+    asked |= {"attention": "paged", "shadow": "1", "copy_rate": "9"}
     asked["otlp"] = "http://h:4317"
     assert {field.name for field in fields(Options)} == set(asked)
     made = Options.from_environment(
         {f"VTRACE_{name.upper()}": text for name, text in asked.items()}
     )
-    assert Options("d", "light", True, True, 7, "http://h:4317") == made
+    assert Options("d", "full", True, True, 7, "http://h:4317", "paged", True, 9) == made
 
 
 def test_variables_of_others_are_left_alone():
@@ -56,6 +60,7 @@ def test_variables_of_others_are_left_alone():
         ("VTRACE_TOKENS", "maybe", "VTRACE_TOKENS='maybe' is not a yes or a no"),
         ("VTRACE_FAILURES", "many", "VTRACE_FAILURES='many' is not a whole number"),
         ("VTRACE_FAILURES", "", "VTRACE_FAILURES='' is not a whole number"),
+        ("VTRACE_ATTENTION", "pagde", "unknown attention 'pagde'; did you mean 'paged'?"),
     ],
 )
 def test_an_unknown_or_unreadable_setting_is_an_error_that_names_the_right_one(name, text, said):
@@ -79,3 +84,8 @@ def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
     assert tmp_path / "elsewhere" == cache_dir()
     monkeypatch.delenv("VTRACE_CACHE")
     assert tmp_path / ".cache" / "vllm-trace" == cache_dir()
+
+
+def test_a_shadow_needs_every_call():
+    with pytest.raises(UsageError, match="shadow needs level full"):
+        Options(level="light", shadow=True).checked()

@@ -495,3 +495,72 @@ def test_on_a_full_disk_the_engine_goes_on_and_both_it_and_the_trace_say_so(tmp_
     assert 300_000 == len(events) + file.dropped
     assert len(events) > 0 < file.dropped
     assert "could not be written on: File too large" == file.truncated
+
+
+# A device that is behind -------------------------------------------------------------------
+
+
+class Device:
+    """Ready when it is told to be; asked to wait only by closing."""
+
+    def __init__(self):
+        self.over, self.waited = False, False
+
+    def ready(self, wait):
+        self.waited |= wait
+        return self.over or wait
+
+
+def free(rec, number):
+    return RequestFreed(number)
+
+
+def later(recorder, device, number):
+    recorder.defer(lambda rec: rec.defer_until(device.ready, free, number))
+
+
+def test_what_waits_for_a_device_is_written_at_the_first_flush_that_finds_it_done(make, folder):
+    recorder, first, second = make(), Device(), Device()
+    later(recorder, first, 1)
+    later(recorder, second, 2)
+    recorder.append(BlocksTaken([1]))
+    recorder.flush()
+    second.over = True  # the one before it is not: the order is kept
+    recorder.append(BlocksTaken([2]))
+    recorder.flush()
+    first.over = True
+    recorder.defer(lambda rec: BlocksTaken([3]))
+    recorder.flush()
+    assert not first.waited and not second.waited
+    events, _ = closed(recorder, folder)
+    wanted = [
+        BlocksTaken([1]),
+        BlocksTaken([2]),
+        BlocksTaken([3]),
+        RequestFreed(1),
+        RequestFreed(2),
+    ]
+    assert wanted == events
+
+
+def test_closing_waits_for_the_device(make, folder):
+    recorder, device = make(), Device()
+    later(recorder, device, 7)
+    recorder.flush()
+    events, _ = closed(recorder, folder)
+    assert device.waited
+    assert [RequestFreed(7)] == events
+
+
+def test_a_decoder_that_fails_after_the_wait_does_not_hold_up_the_next(make, folder):
+    recorder, device = make(), Device()
+    device.over = True
+
+    def fails(rec):
+        raise ValueError("lost")
+
+    recorder.defer(lambda rec: rec.defer_until(device.ready, fails))
+    later(recorder, device, 5)
+    events, file = closed(recorder, folder)
+    assert [ProbeFailed("fails", "ValueError: lost"), RequestFreed(5)] == events
+    assert {"fails": 1} == file.footer["failures"]

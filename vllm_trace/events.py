@@ -257,6 +257,8 @@ class StepExecuted(Event, tag=18):
     num_tokens_padded: int
     mode: str
     """How the model ran: ``eager``, ``piecewise``, ``full`` (CUDA graphs)."""
+    device_dur_ns: int = 0
+    """The forward on the device, between events on its stream; 0 where there is none."""
 
 
 class TableRowChanged(Event, tag=19):
@@ -297,6 +299,10 @@ class AttentionPlanned(Event, tag=21):
     kernel: str
     variant: str
     numbers: dict[str, int]
+    layers: list[int] = []
+    """Layers that this choice was made for; empty: all of the group."""
+    reason: str = ""
+    """The rule that chose, in words with its numbers."""
 
 
 class AttentionCalled(Event, tag=22):
@@ -309,7 +315,15 @@ class AttentionCalled(Event, tag=22):
     started_ns: list[int]
     dur_ns: list[int]
     clock: str = "host"
-    """``host``: monotonic clock around the call. ``cuda``: events on the stream."""
+    """``host``: monotonic clock around the call. ``cuda``: events on the stream; ``started_ns`` is
+    then when the host launched it."""
+    worst: list[tuple[float, float, int, int]] = []
+    """Shadow: for each layer the largest error against the from-scratch kernel: absolute, relative
+    to the largest value that was read, and the request and position where it was."""
+    tolerance: float = 0.0
+    """Shadow: how large the relative error may be with this dtype."""
+    beyond: dict[str, Any] = {}
+    """Shadow: the first call of this process beyond it, with its table, slots and saved inputs."""
 
 
 class BackendSelected(Event, tag=23):

@@ -10,6 +10,7 @@ from pathlib import Path
 from vllm_trace.errors import UsageError, unknown
 
 LEVELS = ("light", "full")
+ATTENTIONS = ("engine", "paged", "paged:vllm")
 
 VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
 """What ``show`` can show; here, so that ``--help`` need not load the views themselves."""
@@ -20,6 +21,7 @@ OTHER_VARIABLES = {
     "VTRACE_LEARN_DIR": "folder for what `learn` remembers",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",
+    "VTRACE_SOURCE_0_20": "folder of an unpacked vLLM 0.20.2 wheel, which the tests read",
     "VTRACE_SOURCE_0_33": "folder of an unpacked vLLM 0.33 wheel, which the tests read",
     "VTRACE_SOURCES": "folders of unpacked vLLM sources, by colons, for the tests of the source map",
 }
@@ -45,6 +47,12 @@ class Options:
     """A probe that failed this often is taken off."""
     otlp: str = ""
     """Send spans to this OTLP receiver while the trace is written, from a process beside."""
+    attention: str = "engine"
+    """``engine``: vLLM's own attention. ``paged``: ours stands in, ``paged:vllm`` with vLLM's ops."""
+    shadow: bool = False
+    """Compute every attention call a second time, from scratch, and keep the worst error."""
+    copy_rate: int = 0
+    """Bytes a second that a copy moves on this device, for the share that kernels reach of it."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Options:
@@ -67,6 +75,10 @@ class Options:
         """Return self. Raises: ``UsageError`` when a value is not one that exists."""
         if self.level not in LEVELS:
             raise unknown("level", self.level, LEVELS)
+        if self.attention not in ATTENTIONS:
+            raise unknown("attention", self.attention, ATTENTIONS)
+        if self.shadow and self.level != "full":
+            raise UsageError("shadow needs level full", hint="Leave --level light out")
         return self
 
     def to_environment(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from itertools import count
 from multiprocessing import current_process, util
@@ -91,6 +91,11 @@ class Recorder:
         """Called when the file is there, once in a process."""
         self.state: dict[str, Any] = {}
         """What decoders keep between steps, by their own key."""
+        self.shadow: Any = None
+        """Computes attention calls a second time (``vllm_trace.backend.shadow``), when asked to."""
+        self.waiting: deque[tuple[Callable[[bool], bool], Callable[..., Any], tuple[Any, ...]]]
+        self.waiting = deque()
+        """Decoders that wait for a device, in order."""
         self.writer: TraceWriter | None = None
         self._finished: OrderedDict[str, int] = OrderedDict()
         self._plain = False
@@ -120,6 +125,7 @@ class Recorder:
         self._finished.clear()
         self.steady, self.planned, self.tight = -1, None, True
         self.state.clear()
+        self.waiting.clear()
 
     # Requests -------------------------------------------------------------------------
 
@@ -152,6 +158,30 @@ class Recorder:
         self.append((decode, values))
         if len(self.pending) > MAX_PENDING:
             self.flush()
+
+    def defer_until(
+        self, ready: Callable[[bool], bool], decode: Callable[..., Event | None], *values: Any
+    ) -> None:
+        """From a decoder: run another one when a device is done, at that flush or a later one.
+
+        ``ready(wait)`` says whether it is; with ``wait`` it waits, which only closing asks for.
+        """
+        self.waiting.append((ready, decode, values))
+
+    def _take_ready(self, wait: bool = False) -> None:
+        """Run the decoders whose device is done, in their order."""
+        while self.waiting:
+            ready, decode, values = self.waiting[0]
+            try:
+                if not ready(wait):
+                    return
+                event = decode(self, *values)
+            except Exception as error:
+                self.probe_failed(decode.__name__, error)
+                event = None
+            self.waiting.popleft()
+            if event is not None:
+                self.append(event)
 
     def emit(self, event: Event) -> None:
         """From a decoder: add an event before the one that the decoder returns."""
@@ -221,6 +251,7 @@ class Recorder:
                     self.append(event)
             else:
                 self.append(item)
+        self._take_ready()
         if self.pending and self.writer is None:
             self._open()
 
@@ -267,6 +298,10 @@ class Recorder:
         if self.planned is not None:
             self.spell_out_planned()
         self.flush()
+        if self.waiting:
+            self._take_ready(wait=True)
+            self._plain = False
+            self.flush()
         self.write_steady_step = _cannot_write
         self._closed = True
         self._plain = False

@@ -67,9 +67,15 @@ def quiet_environment(threads: int = 1) -> dict[str, str]:
 
 
 def start_engine(
-    scenario: Scenario, *, model: str = "", engine_args: Mapping[str, Any] | None = None
+    scenario: Scenario,
+    *,
+    model: str = "",
+    engine_args: Mapping[str, Any] | None = None,
+    attention: str = "engine",
 ) -> tuple[Any, list[str]]:
     """Make the ``vllm.LLM`` of a scenario. Returns it with notes.
+
+    ``attention``: ``engine`` for vLLM's own, ``paged`` or ``paged:vllm`` for `vllm_trace.backend`.
 
     Raises: ``EngineError`` with vLLM's own words when it does not start, ``UsageError`` for an
     engine argument that does not exist.
@@ -86,6 +92,7 @@ def start_engine(
     from vllm_trace.hooks import register
 
     register()
+    _let_vllm_look_at_llvmlite()
     asked = dict(engine_args or {})
     known = set(EngineArgs.__dataclass_fields__)
     for name in asked:
@@ -94,9 +101,11 @@ def start_engine(
     model = model or str(asked.get("model") or scenario.engine["model"])
     folder = _model_folder(model)
     arguments, notes = fit_to_platform(
-        STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked
+        STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
     arguments["model"] = folder
+    if attention != "engine":
+        _check_attention(attention, arguments)
     if int(arguments.get("tensor_parallel_size", 1)) > 1:
         # Several workers on one NUMA node: vLLM wants to be told that this is meant.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -111,13 +120,56 @@ def start_engine(
     return llm, notes
 
 
-def fit_to_platform(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _check_attention(attention: str, arguments: dict[str, Any]) -> None:
+    """Raise ``UsageError`` for what our backend cannot do, before an engine is made."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_trace.backend.support import demand
+
+    known = {name: v for name, v in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    try:
+        with _no_gc():
+            config = EngineArgs(**known).create_engine_config()
+    except Exception as error:
+        raise EngineError(
+            f"vLLM does not take this configuration: {error}",
+            hint=f"Engine arguments: {arguments}",
+        ) from error
+    demand(attention, config)
+
+
+def _let_vllm_look_at_llvmlite() -> None:
+    """vLLM 0.32 looks at the ``__dict__`` of every global of every module, and fails when numba was loaded before.
+
+    llvmlite's handle of its library answers any name, this one too, with a function of the library.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    handle = type(getattr(ffi, "lib", None))
+    found = vars(handle).get("__getattr__")
+    if found is None or hasattr(found, "vllm_trace"):
+        return
+
+    def only_functions(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return found(self, name)
+
+    only_functions.vllm_trace = True  # type: ignore[attr-defined]
+    handle.__getattr__ = only_functions  # type: ignore[attr-defined]
+
+
+def fit_to_platform(
+    arguments: dict[str, Any], attention: str = "engine"
+) -> tuple[dict[str, Any], list[str]]:
     """Change what this platform's attention cannot do, and say so."""
     from vllm.platforms import current_platform
 
-    notes = []
+    notes: list[str] = []
     asked = arguments.get("block_size")
-    if asked and current_platform.is_cpu():
+    if attention != "engine":
+        if not current_platform.is_cpu():
+            arguments["attention_backend"] = "CUSTOM"
+    elif asked and current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()

@@ -116,7 +116,7 @@ def view(trace: Trace, what: str, wanted: Filter, limit: int) -> RenderableType:
     if what == "requests":
         return render.requests(summary.requests, limit)
     if what == "kernels":
-        return render.kernels(summary.kernels)
+        return render.kernels_view(summary, limit)
     # Totals of the whole trace beside rows of a part of it would read as belonging together.
     return render.excerpt(summary, limit=limit)
 

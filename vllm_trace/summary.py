@@ -7,8 +7,10 @@ statements against; ``to_dict`` is the JSON form.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
+from vllm_trace.decode_rule import DecodeChoice, choose
 from vllm_trace.events import (
     AttentionCalled,
     AttentionPlanned,
@@ -54,6 +56,10 @@ class Step:
     num_left: int = 0
     num_preempted: int = 0
     variant: str = ""
+    device_ns: int = 0
+    """Of the forward, between events on the device's stream; 0 where there are none."""
+    mode: str = ""
+    """``eager``, or how CUDA graphs were used."""
 
 
 @dataclass
@@ -97,6 +103,59 @@ class Kernel:
     num_calls: int = 0
     total_ns: int = 0
     clock: str = "host"
+    num_bytes: int = 0
+    """Of K and V that the calls had to read, once for each KV head."""
+    median_ns: float = 0
+    """Of a call, over the steps: the first one may have compiled or loaded the kernel."""
+
+
+@dataclass
+class KernelStep:
+    """One kernel in one step, over all its layers and workers. Times in ns."""
+
+    step: int
+    kernel: str
+    variant: str
+    num_seqs: int = 0
+    max_seq_len: int = 0
+    num_tokens: int = 0
+    """Of context, over all sequences."""
+    num_calls: int = 0
+    total_ns: int = 0
+    num_bytes: int = 0
+    clock: str = "host"
+    mode: str = ""
+    reason: str = ""
+
+
+@dataclass
+class RuleCheck:
+    """PagedAttention's V1/V2 rule over the steps that decode: what ran by it, or what it would have chosen."""
+
+    counterfactual: bool = True
+    """The engine chose by a rule of its own: this one was only asked."""
+    num_v1: int = 0
+    """Steps; one with two KV groups counts for each."""
+    num_v2: int = 0
+    changes: list[tuple[int, str, str, str]] = field(default_factory=list)
+    """(step, from, to, reason): every step at which the choice is not that of the one before."""
+
+
+@dataclass
+class ShadowCheck:
+    """Attention calls that were computed a second time, and the worst of them."""
+
+    num_calls: int = 0
+    num_beyond: int = 0
+    tolerance: float = 0.0
+    max_absolute: float = 0.0
+    max_relative: float = 0.0
+    step: int = 0
+    layer: int = -1
+    request: str = ""
+    position: int = -1
+    beyond: dict[str, Any] = field(default_factory=dict)
+    """The first call beyond the tolerance."""
 
 
 @dataclass
@@ -121,6 +180,11 @@ class Summary:
     steps: list[Step] = field(default_factory=list)
     requests: list[RequestLife] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    kernel_steps: list[KernelStep] = field(default_factory=list)
+    replayed_ns: dict[str, list[int]] = field(default_factory=dict)
+    """Time on the device of forwards that were CUDA graphs, by mode: no call of a kernel is seen in them."""
+    rule: RuleCheck = field(default_factory=RuleCheck)
+    shadow: ShadowCheck = field(default_factory=ShadowCheck)
     worker: WorkerCheck = field(default_factory=WorkerCheck)
     num_workers: int = 0
     num_events: int = 0
@@ -174,6 +238,10 @@ class Summary:
             "blocks_in_use_at_end": self._blocks_in_use_at_end(),
             "worker_rows": self.worker.num_rows,
             "worker_differences": int(bool(self.worker.first_difference)),
+            "v1_steps": self.rule.num_v1,
+            "v2_steps": self.rule.num_v2,
+            "shadow_calls": self.shadow.num_calls,
+            "shadow_beyond": self.shadow.num_beyond,
         }
         for request in self.requests:
             told |= {
@@ -209,7 +277,12 @@ class _Reading:
         self.steps: dict[int, Step] = {}
         self.lives: dict[int, RequestLife] = {}
         self.kernels: dict[tuple[str, str], Kernel] = {}
-        self.variants: dict[tuple[int, int], tuple[str, str]] = {}
+        self.plans: dict[tuple[int, int], dict[str, AttentionPlanned]] = {}
+        self.batches: dict[tuple[int, int], list[SlotsMapped]] = {}
+        self.modes: dict[tuple[int, int], str] = {}
+        self.kernel_rows: dict[tuple[int, str, str], KernelStep] = {}
+        self.last_choice: DecodeChoice | None = None
+        self.ruler: int | None = None
         self.kernel_steps: dict[tuple[str, str], set[int]] = {}
         self.preempted_since = 0
         self.left_since = 0
@@ -232,11 +305,18 @@ class _Reading:
         made = self.made
         made.steps = [self.steps[number] for number in sorted(self.steps)]
         made.requests = [self.lives[number] for number in sorted(self.lives)]
+        made.kernel_steps = sorted(self.kernel_rows.values(), key=lambda row: row.step)
+        for row in made.kernel_steps:
+            row.mode = self.steps[row.step].mode if row.step in self.steps else ""
         made.kernels = sorted(self.kernels.values(), key=lambda k: -k.total_ns)
         made.num_workers = len(self.workers)
         made.num_shared_blocks = len(self.shared)
+        times: dict[tuple[str, str], list[float]] = {}
+        for row in made.kernel_steps:
+            times.setdefault((row.kernel, row.variant), []).append(row.total_ns / row.num_calls)
         for key, kernel in self.kernels.items():
             kernel.num_steps = len(self.kernel_steps[key])
+            kernel.median_ns = median(times[key])
         if made.engine:
             in_use = {
                 block for table in self.state.tables.values() for row in table for block in row
@@ -264,6 +344,8 @@ class _Reading:
         ]
 
     def _backend(self, process: int, event: BackendSelected) -> None:
+        if event.backend.startswith("PAGED"):
+            self.made.rule.counterfactual = False
         entry = {
             "backend": event.backend,
             "impl": event.impl,
@@ -371,23 +453,111 @@ class _Reading:
         step = self.steps.setdefault(event.step, Step(event.step))
         step.execute_ns = max(step.execute_ns, event.dur_ns)
         step.forward_ns = max(step.forward_ns, event.forward_dur_ns)
+        step.device_ns = max(step.device_ns, event.device_dur_ns)
+        step.mode = event.mode
+        if event.mode in ("full", "piecewise") and event.device_dur_ns:
+            self.made.replayed_ns.setdefault(event.mode, []).append(event.device_dur_ns)
 
     def _sampled(self, process: int, event: StepSampled) -> None:
         step = self.steps.setdefault(event.step, Step(event.step))
         step.sample_ns = max(step.sample_ns, event.dur_ns)
 
     def _attention_planned(self, process: int, event: AttentionPlanned) -> None:
-        self.variants[process, event.step] = (event.kernel, event.variant)
+        plans = self.plans.setdefault((process, event.step), {})
+        plans[event.kernel] = event
         step = self.steps.setdefault(event.step, Step(event.step))
-        step.variant = event.variant
+        decides = event.variant in ("V1", "V2")
+        step.variant = event.variant if decides or not step.variant else step.variant
+        if decides:
+            self.made.rule.counterfactual = False
+            n = event.numbers
+            self._ruled(
+                process, event.step, choose(n["max_seq_len"], n["num_seqs"], n["num_heads"])
+            )
+        self.plans.pop((process, event.step - 8), None)
+
+    def _asked_rule(self, process: int, event: SlotsMapped) -> None:
+        """What the rule would say of the rows of a step that decode."""
+        heads = self.made.engine.get("num_query_heads")
+        lens = [n for n, q in zip(event.seq_lens, event.query_lens, strict=True) if q == 1]
+        if heads and lens and self.made.rule.counterfactual:
+            self._ruled(process, event.step, choose(max(lens), len(lens), heads))
+
+    def _ruled(self, process: int, step: int, choice: DecodeChoice) -> None:
+        if self.ruler is None:
+            self.ruler = process
+        if process != self.ruler:
+            return  # every worker of a tensor-parallel group says the same
+        rule, before = self.made.rule, self.last_choice
+        if choice.variant == "V1":
+            rule.num_v1 += 1
+        else:
+            rule.num_v2 += 1
+        if before is not None and before.variant != choice.variant:
+            rule.changes.append((step, before.variant, choice.variant, choice.reason))
+        self.last_choice = choice
 
     def _attention_called(self, process: int, event: AttentionCalled) -> None:
-        key = self.variants.get((process, event.step), (event.kernel, ""))
+        plans = self.plans.get((process, event.step), {})
+        plan = plans.get(event.kernel)
+        if plan is None and len(plans) == 1:
+            plan = next(iter(plans.values()))
+        key = (plan.kernel, plan.variant) if plan else (event.kernel, "")
         kernel = self.kernels.setdefault(key, Kernel(*key, clock=event.clock))
         self.kernel_steps.setdefault(key, set()).add(event.step)
         kernel.num_calls += len(event.dur_ns)
         kernel.total_ns += sum(event.dur_ns)
-        self.variants.pop((process, event.step - 8), None)
+        row = self.kernel_rows.setdefault(
+            (event.step, *key), KernelStep(event.step, *key, clock=event.clock)
+        )
+        row.num_calls += len(event.dur_ns)
+        row.total_ns += sum(event.dur_ns)
+        row.reason = plan.reason if plan else ""
+        self._measure(process, event, row, kernel)
+        if event.tolerance:
+            self._shadowed(event)
+
+    def _measure(
+        self, process: int, event: AttentionCalled, row: KernelStep, kernel: Kernel
+    ) -> None:
+        """Batch, context and bytes of a call, from the batch that the worker was given."""
+        batches = self.batches.get((process, event.step), ())
+        for batch in batches:
+            rows = list(zip(batch.seq_lens, batch.query_lens, strict=True))
+            if row.variant in ("V1", "V2"):
+                rows = [one for one in rows if one[1] == 1]
+            elif row.variant == "prefill":
+                rows = [one for one in rows if one[1] > 1]
+            lens = [length for length, _ in rows]
+            row.num_seqs = max(row.num_seqs, len(lens))
+            row.max_seq_len = max([row.max_seq_len, *lens])
+            row.num_tokens = max(row.num_tokens, sum(lens))
+            group = self.made.groups[batch.group] if batch.group < len(self.made.groups) else None
+            if group and group["page_size_bytes"]:
+                share = sum(lens) * group["page_size_bytes"] // group["block_size"]
+                of_group = len(event.dur_ns) // max(1, len(batches))
+                row.num_bytes += share * of_group
+                kernel.num_bytes += share * of_group
+
+    def _shadowed(self, event: AttentionCalled) -> None:
+        check = self.made.shadow
+        check.tolerance = event.tolerance
+        for layer, found in zip(event.layers, event.worst, strict=False):
+            absolute, relative, request, position = found
+            check.num_calls += 1
+            check.num_beyond += relative > event.tolerance
+            check.max_absolute = max(check.max_absolute, absolute)
+            if relative > check.max_relative or check.layer < 0:
+                check.max_relative, check.step, check.layer = relative, event.step, layer
+                check.request, check.position = self._life(request).name, position
+        if event.beyond and not check.beyond:
+            name = self._life(event.beyond["request"]).name
+            check.beyond = event.beyond | {
+                "step": event.step,
+                "kernel": event.kernel,
+                "request": name,
+            }
+            check.num_beyond = max(check.num_beyond, 1)
 
     def _row(self, process: int, event: TableRowChanged) -> None:
         row = self.rows.setdefault((process, event.group, event.request), [])
@@ -395,6 +565,9 @@ class _Reading:
 
     def _mapped(self, process: int, event: SlotsMapped) -> None:
         """Compare what the kernel received with what the manager planned for this step."""
+        self.batches.setdefault((process, event.step), []).append(event)
+        self.batches.pop((process, event.step - 8), None)
+        self._asked_rule(process, event)
         check = self.made.worker
         ratio = event.block_size // event.kernel_block_size
         cursor = 0

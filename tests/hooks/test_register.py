@@ -131,7 +131,10 @@ def test_strict_refuses_another_source_than_the_reviewed(fake, tables, tmp_path)
 def test_a_release_without_a_table_is_refused_with_those_that_have_one(fake, tmp_path):
     error = refuses(fake, tmp_path)
     assert "vLLM 7.5.1: no hook table for this release; nothing was changed" == str(error)
-    assert "Known: >=0.32,<0.33; >=0.33,<0.34. Try: vllm-trace doctor --source DIR" == error.hint
+    assert (
+        "Known: >=0.8.5,<0.12; >=0.20,<0.21; >=0.32,<0.33; >=0.33,<0.34. Try: vllm-trace doctor --source DIR"
+        == error.hint
+    )
 
 
 def test_without_a_vllm_there_is_nothing_to_attach_to(monkeypatch, tmp_path):
@@ -198,7 +201,7 @@ def test_an_unknown_release_is_named_and_the_engine_runs_untraced(
 ):
     assert [
         "vllm-trace: not tracing: vLLM 7.5.1: no hook table for this release; nothing was changed",
-        "  Known: >=0.32,<0.33; >=0.33,<0.34. Try: vllm-trace doctor --source DIR",
+        "  Known: >=0.8.5,<0.12; >=0.20,<0.21; >=0.32,<0.33; >=0.33,<0.34. Try: vllm-trace doctor --source DIR",
     ] == says(fake, capfd, monkeypatch, VTRACE_DIR=str(tmp_path))
 
 

@@ -9,6 +9,7 @@ import pytest
 from vllm_trace.events import AttentionCalled, AttentionPlanned, StepExecuted, StepSampled
 from vllm_trace.hooks.wrap import make_wrapper
 from vllm_trace.options import Options
+from vllm_trace.patches import attention_probes as a
 from vllm_trace.patches import worker_probes as w
 from vllm_trace.recorder import Recorder
 from vllm_trace.tracefile import TraceFile
@@ -135,7 +136,7 @@ def runner(tmp_path, request):
         "prepare_attn": w.prepare_attn_v2,
         "metadata_of": w.metadata_built_v2_light if light else w.metadata_built_v2,
         "sample_tokens": w.sample_tokens_v2,
-        "forward": None if light else w.attention_forward,
+        "forward": None if light else a.attention_forward,
     }.items():
         if probe:
             original = getattr(Runner, name)

@@ -18,6 +18,7 @@ from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
 from vllm_trace.cli.printing import print_json, print_text
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
+from vllm_trace.options import ATTENTIONS, Options
 
 
 def add(verb: AddVerb) -> None:
@@ -26,6 +27,14 @@ def add(verb: AddVerb) -> None:
     run.add_argument("--model", default="", help="a folder or hub name instead of the tiny model")
     run.add_argument(
         "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
+    )
+    run.add_argument(
+        "--attention",
+        default="",
+        help=f"{', '.join(ATTENTIONS)}: who computes it (default: engine)",
+    )
+    run.add_argument(
+        "--shadow", action="store_true", help="compute each attention call again, from scratch"
     )
     run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
     recording_flags(run)
@@ -42,13 +51,18 @@ def _run(arguments: argparse.Namespace) -> int:
     url = options.otlp
     if url:
         sidecar.check(url)
+    if arguments.attention:
+        options = replace(options, attention=arguments.attention)
+    options = replace(options, shadow=options.shadow or arguments.shadow).checked()
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()), otlp="")
     os.environ.pop("VTRACE_OTLP", None)  # the engine's processes need not start one of their own
+    if not options.copy_rate and options.level == "full":
+        options = replace(options, copy_rate=_copy_rate(engine_args))
     os.environ |= options.to_environment()
     beside = sidecar.start(run.trace.absolute(), url) if url else None
     try:
-        outcome = _drive(chosen, run.folder, arguments.model, engine_args)
+        outcome = _drive(chosen, run.folder, arguments.model, engine_args, options)
     except BaseException as error:
         if beside is not None:
             beside.abandon()
@@ -93,13 +107,19 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"Trace and summary: {run.folder}")
     if told is not None:
         print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
+    if options.shadow and not summary.shadow.num_calls:
+        print("vllm-trace: the shadow compared no attention call", file=sys.stderr)
     for failure in failures:
         print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
     lost = told is not None and told.failed
-    return max(1 if failures or lost else 0, code_of(replays))
+    shadowed = summary.shadow.num_calls > 0 and not summary.shadow.num_beyond
+    found = failures or lost or (options.shadow and not shadowed)
+    return max(1 if found else 0, code_of(replays))
 
 
-def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -> Any:
+def _drive(
+    chosen: Any, folder: Path, model: str, engine_args: dict[str, Any], options: Options
+) -> Any:
     """Start the engine, run the workload, close the trace; vLLM's own words go to a file."""
     from vllm_trace import hooks, runner
 
@@ -109,7 +129,9 @@ def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -
     try:
         with runner.output_to(log) as last_words, progress:
             try:
-                llm, notes = runner.start_engine(chosen, model=model, engine_args=engine_args)
+                llm, notes = runner.start_engine(
+                    chosen, model=model, engine_args=engine_args, attention=options.attention
+                )
             except EngineError as error:
                 raise EngineError(f"{error}\n{last_words()}".strip(), hint=error.hint) from None
             started = time.monotonic_ns()
@@ -123,6 +145,21 @@ def _drive(chosen: Any, folder: Path, model: str, engine_args: dict[str, Any]) -
     outcome.notes = notes
     outcome.start_seconds = (started - began) / 1e9
     return outcome
+
+
+def _copy_rate(engine_args: dict[str, Any]) -> int:
+    """What a copy moves on this device, for the share that kernels reach of it; 0: not known."""
+    from vllm_trace.backend.copy_rate import measure, measure_apart
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # An engine in other processes must not find CUDA in use here: it may be forked.
+    apart = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0"
+    try:
+        if apart or int(engine_args.get("tensor_parallel_size", 1)) > 1:
+            return measure_apart()
+        return measure()
+    except (ImportError, ValueError):
+        return 0  # no torch, or no number: the engine will say it better
 
 
 class _Progress:

@@ -30,8 +30,16 @@ def add(verb: AddVerb) -> None:
         "replay", _replay, "Replay a trace through the from-scratch engine and compare",
         "replay reports/preempt/latest",
     )  # fmt: skip
-    trace_argument(again)
+    again.add_argument(
+        "trace", type=Path, nargs="?", help="the folder of a run, or one .vtrace file"
+    )
     again.add_argument("--mode", default="", help="manager or engine (default: both)")
+    again.add_argument(
+        "--attention",
+        type=Path,
+        metavar="FILE",
+        help="instead: an attention call that a shadow saved",
+    )
 
     story = verb(
         "explain", _explain, "Tell the life of one request in words, with event numbers",
@@ -104,6 +112,10 @@ def _print_line(document: dict[str, Any]) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
+    if arguments.attention is not None:
+        return _replay_attention(arguments)
+    if arguments.trace is None:
+        raise UsageError("replay needs a trace", hint="vllm-trace replay reports/preempt/latest")
     results = replay_all(arguments.trace, arguments.mode)
     if arguments.json:
         print_json({"schema": 1, "replays": [result.to_dict() for result in results]})
@@ -112,6 +124,26 @@ def _replay(arguments: argparse.Namespace) -> int:
 
         print_text(verdict(results))
     return code_of(results)
+
+
+def _replay_attention(arguments: argparse.Namespace) -> int:
+    """A saved call again, by our kernels and without vLLM: 1 when it is beyond the tolerance."""
+    if arguments.trace is not None or arguments.mode:
+        raise UsageError(
+            "--attention FILE is all that is replayed: no trace and no --mode beside it"
+        )
+    try:
+        from vllm_trace.backend.again import compute_again
+    except ImportError as error:
+        raise UsageError(
+            f"the kernels need torch and safetensors: {error}", hint="pip install torch safetensors"
+        ) from None
+    again = compute_again(arguments.attention)
+    if arguments.json:
+        print_json(again.to_dict())
+    else:
+        print(again.text())
+    return 0 if again.passed else 1
 
 
 def replay_all(path: Path, mode: str = "") -> list[Any]:

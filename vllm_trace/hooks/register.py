@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vllm_trace.errors import HookError, VllmTraceError
 from vllm_trace.hooks.install import Installation, install
@@ -37,6 +39,7 @@ def register() -> None:
             return
         strict = options.strict
         attach(options)
+        _prepare_attention(options)
     except VllmTraceError as error:
         print(f"vllm-trace: not tracing: {error}\n  {error.hint}", file=sys.stderr, flush=True)
         if strict:
@@ -64,6 +67,7 @@ def attach(options: Options) -> Recorder:
         raise HookError("vLLM is not installed here", hint="pip install vllm, or make demo")
     table = choose(TABLES, source.version)
     rows = resolve(table, source, level=options.level, platform=current_platform())
+    rows = [row for row in rows if row.hook.can_run]
     source.forget()
     demand(rows, source.version, strict=options.strict)
     made = Recorder(options)
@@ -71,6 +75,8 @@ def attach(options: Options) -> Recorder:
     made.notes = notes(source, rows, installation)
     if options.otlp:
         made.on_open = lambda: _send_spans(options)
+    if options.copy_rate:
+        made.notes["copy_rate"] = options.copy_rate
     _warn(source.version, rows, installation, made)
     _active = (made, installation)
     return made
@@ -87,12 +93,37 @@ def _send_spans(options: Options) -> None:
         print(f"vllm-trace: no spans are sent: {error}", file=sys.stderr, flush=True)
 
 
+def _prepare_attention(options: Options) -> None:
+    """Our attention backend and the shadow, where they were asked for."""
+    from vllm_trace.backend import calls, register_backend
+    from vllm_trace.patches.attention_probes import paged_forward
+
+    register_backend(options.attention)
+    assert _active is not None
+    made = _active[0]
+    if options.attention != "engine":
+        calls.observe(lambda *forward: _observed(made, paged_forward, forward))
+    if options.shadow:
+        from vllm_trace.backend.shadow import Shadow
+
+        made.shadow = Shadow(options.dir)
+
+
+def _observed(made: Recorder, read: Callable[..., None], forward: tuple[Any, ...]) -> None:
+    try:
+        read(made, *forward)
+    except Exception as error:
+        made.probe_failed("the paged backend", error)
+
+
 def detach() -> list[str]:
     """Restore the original functions and close the trace. Returns what could not be restored."""
     global _active
     if _active is None:
         return []
     (made, installation), _active = _active, None
+    if calls := sys.modules.get("vllm_trace.backend.calls"):
+        calls.observe(None)
     said = installation.undo()
     made.close()
     return said

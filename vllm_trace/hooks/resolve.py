@@ -44,7 +44,7 @@ def choose(tables: Iterable[HookTable], version: str) -> HookTable:
     for table in tables:
         if version and table.covers(version):
             return table
-    known = "; ".join(sorted(table.vllm for table in tables))
+    known = "; ".join(table.vllm for table in tables)
     raise HookError(
         f"vLLM {version or '(no version)'}: no hook table for this release; nothing was changed",
         hint=f"Known: {known}. Try: vllm-trace doctor --source DIR",

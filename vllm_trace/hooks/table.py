@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ class Hook:
     """The probe for level ``light``; None: this row is for level ``full`` only."""
     platform: str = ""
     """``cpu`` or ``cuda``: applies to that platform only. Empty: to all."""
+    needs: str = ""
+    """A package without which the hooked code cannot run: where it is absent, nothing is missed."""
     fingerprints: tuple[str, ...] = ()
     """Hashes of the sources that were reviewed (a release's builds may differ)."""
 
@@ -95,6 +98,11 @@ class Hook:
     @property
     def qualname(self) -> str:
         return self.target.partition(":")[2]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether what it hooks can run in this environment at all."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def at_level(self, level: str) -> Hook | None:
         """This row as it is at a level; None when it is not part of it."""

@@ -238,7 +238,8 @@ def _compiled(plan: Plan, query: Tensor, num_kv_heads: int) -> dict[str, int]:
     """What decides which program Triton makes, besides dtypes and layout.
 
     Larger accumulators get more warps than the plan says, which is made for groups up to 16, heads up to 128 and 16
-    bits: where registers run out, ptxas has been seen to make programs that compute wrongly.
+    bits. Without that, an early form computed wrongly with fp32 queries over 1-byte caches on an H200; programs with
+    few registers and large spills were seen there, and are the likely cause (not proven).
     """
     _, num_heads, head_size = query.shape
     group = num_heads // num_kv_heads

@@ -1,7 +1,7 @@
 """What tracing costs: ``make bench``, or ``python -m bench [--quick] [--json] [-o FOLDER]``.
 
 Prints a table and writes ``capture.md`` and ``capture.json``. Nothing here passes or fails: figures
-stand beside their targets and beside the noise of the machine.
+stand beside their targets and beside the noise of the machine. ``python -m bench kernels`` times the attention kernels.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ PACKAGES = (
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["kernels"]:
+        from bench import kernels
+
+        sys.exit(kernels.main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")

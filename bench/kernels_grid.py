@@ -1,6 +1,6 @@
 """The correctness grid: every kernel beside a dense fp32 reference, and beside vLLM's own ops where they are.
 
-``python -m bench.kernels_grid [--quick] [-o FOLDER]`` on a machine with a GPU: writes ``kernels-grid.md`` and ``.json``.
+``python -m bench.kernels_grid [--quick] [-o FOLDER]`` on a machine with a GPU writes ``kernels-grid.md`` and ``.json``.
 With TRITON_INTERPRET=1 on a CPU it runs small shapes (``--quick``). Exit code 1 when something is out of tolerance.
 """
 
@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -82,28 +83,45 @@ def run(case: Case, device: str) -> list[dict]:
     inputs = make(case, device)
     reference = dense(inputs, case)
     longest = max(case.lengths)
-    found = {
-        "V1": inputs.decode(kernels.paged_attention_v1),
-        "V2 shares": inputs.decode(kernels.paged_attention_v2, max_seq_len=longest),
-        "V2 splits": inputs.decode(
-            kernels.paged_attention_v2,
-            plan=kernels.Plan(16, chunk=13, warps=2),
-            max_seq_len=longest,
+    splits = kernels.Plan(16, chunk=13, warps=2)
+    runs = {
+        "V1": lambda: inputs.decode(kernels.paged_attention_v1),
+        "V2 shares": lambda: inputs.decode(kernels.paged_attention_v2, max_seq_len=longest),
+        "V2 splits": lambda: inputs.decode(
+            kernels.paged_attention_v2, plan=splits, max_seq_len=longest
         ),
-        "torch V1": inputs.decode(attention.paged_attention_v1),
+        "torch V1": lambda: inputs.decode(attention.paged_attention_v1),
     }
-    rows = [row_of(case, name, out, reference) for name, out in found.items()]
+    found, rows = {}, []
+    for name, call in runs.items():
+        found[name] = _named(name, call)
+        rows.append(row_of(case, name, found[name], reference))
     rows += vllm_rows(case, inputs, reference, found["V2 shares"])
     chunks = tuple(min(length, 40 + 3 * at) for at, length in enumerate(case.lengths))
     behind = replace(case, chunks=chunks)
     inputs = make(behind, device)
-    out = inputs.prefill(kernels.context_attention_fwd, max_query_len=max(chunks))
+    out = _named(
+        "prefill", lambda: inputs.prefill(kernels.context_attention_fwd, max_query_len=max(chunks))
+    )
     return [*rows, row_of(case, "prefill", out, dense(inputs, behind))]
+
+
+def _named(name: str, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The result, waited for, so that an error carries the kernel's name."""
+    try:
+        out = call()
+        if out.is_cuda:
+            torch.cuda.synchronize()
+    except Exception as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    return out
 
 
 def row_of(case: Case, name: str, out: torch.Tensor, reference: torch.Tensor) -> dict:
     relative, largest = errors(out, reference)
     most_relative, most = TOLERANCE[case.dtype]
+    if "vLLM" in name and case.stored == E4M3:
+        most_relative, most = max(most_relative, 1e-3), max(most, 1e-2)  # it goes through fp16
     return dict(
         case=str(case), dtype=str(case.dtype).removeprefix("torch."), kernel=name,
         relative=relative, largest=largest, ok=relative <= most_relative and largest <= most,
@@ -186,7 +204,8 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     jobs = [(case, device) for case in cases(asked.quick)]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(asked.processes, mp_context=spawn) as pool:
+    # A process that met an illegal access is of no use any more.
+    with ProcessPoolExecutor(asked.processes, mp_context=spawn, max_tasks_per_child=1) as pool:
         rows = [row for found in pool.map(_run, jobs, chunksize=4) for row in found]
     facts = about(sys.argv, device) | {"seconds": round(time.monotonic() - began)}
     found = summary(rows)
@@ -208,8 +227,8 @@ def markdown(facts: dict, found: list[tuple], num_cases: int, failed: list[dict]
         "# Attention kernels beside a dense fp32 reference",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        f"- Cases: {num_cases} batches, each with the lengths 0, 1, block - 1, block, block + 1, 511, 512, 513, 8192 and "
-        "8193 unless --quick; slots that nobody owns hold NaN",
+        f"- Cases: {num_cases} batches, each with the lengths 0, 1, block - 1, block, block + 1, 511, 512, 513, 8192 "
+        "and 8193 unless --quick; slots that nobody owns hold NaN",
         f"- Tolerances (relative norm and largest difference): {tolerances}",
         "",
         "| kernel | dtype | cases | worst relative | worst absolute | out of tolerance |",

@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: mini's attention cannot run")
 
 from vllm_trace.mini.attention import (  # noqa: E402
+    LAYOUTS,
     context_attention_fwd,
     copy_blocks,
     forward_decode,
@@ -15,6 +16,7 @@ from vllm_trace.mini.attention import (  # noqa: E402
     reshape_and_cache,
     swap_blocks,
     to_kernel_layout,
+    unsupported,
     use_v1,
 )
 from vllm_trace.mini.attention import decode as decode_module  # noqa: E402
@@ -289,3 +291,183 @@ def test_kernel_layout():
         assert value_cache[block, token, head, d] == values[block, head, d, token]
     for cache, back in zip((key_cache, value_cache), from_kernel_layout(keys, values)):
         assert torch.equal(cache, back)
+
+
+# -- options: layouts, ALiBi, window, soft cap, int8, empty sequences --------------------------------------------------
+
+
+def order_of(layout):
+    return {"flash": (0, 1, 2, 3), "heads": (0, 2, 1, 3), "planes": (2, 0, 1, 3)}[layout]
+
+
+def in_layout(caches, layout):
+    if layout == "split":
+        return to_kernel_layout(*caches)
+    return tuple(cache.permute(order_of(layout)).contiguous() for cache in caches)
+
+
+@pytest.mark.parametrize("kernel", [paged_attention_v1, paged_attention_v2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_hold_the_same(layout, kernel):
+    """Read in any layout, the result is bit for bit that of the flash layout; written too."""
+    paged = Paged([1, 40, 600], HEADS["GQA"])
+    query = paged.query(3)
+    expected = paged.decode(kernel, query)
+    prefill = (paged.tables, torch.tensor([0, 1, 2, 3]), paged.seq_lens, paged.scale)
+    chunk = context_attention_fwd(query, *paged.caches, *prefill)
+    slots = torch.tensor([3, 40])
+    paged.caches = in_layout(paged.caches, layout)
+    rest = (paged.tables, paged.seq_lens, paged.scale)
+    torch.testing.assert_close(kernel(query, *paged.caches, *rest, layout=layout), expected)
+    torch.testing.assert_close(
+        context_attention_fwd(query, *paged.caches, *prefill, layout=layout), chunk
+    )
+    key, value = torch.randn(2, 2, 32), torch.randn(2, 2, 32)
+    empty = torch.zeros(4, 16, 2, 32), torch.zeros(4, 16, 2, 32)
+    written = in_layout(empty, layout)
+    reshape_and_cache(key, value, *empty, slots)
+    reshape_and_cache(key, value, *written, slots, layout=layout)
+    for expected, cache in zip(in_layout(empty, layout), written):
+        assert torch.equal(expected, cache)
+    pairs = torch.tensor([[2, 0], [0, 3]])
+    copy_blocks([empty[0]], [empty[1]], pairs)
+    copy_blocks([written[0]], [written[1]], pairs, layout=layout)
+    for expected, cache in zip(in_layout(empty, layout), written):
+        assert torch.equal(expected, cache)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(sliding_window=1),
+        dict(sliding_window=513),
+        dict(softcap=2.0),
+        dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.125, 0.0625, 1.0, 0.7, 0.3, 0.1])),
+        dict(alibi_slopes=torch.full((8,), 0.01), sliding_window=100, softcap=3.0),
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_bends_equal_dense(options):
+    """Every token's logits by the formula of the docstring, written out."""
+    paged = Paged([5, 512, 700], HEADS["GQA"])
+    query = paged.query(3)
+    expected = []
+    for row, key, value in zip(query, paged.keys, paged.values):
+        key, value = key.repeat_interleave(4, 1), value.repeat_interleave(4, 1)
+        logits = torch.einsum("hd,khd->hk", row, key) * paged.scale
+        if cap := options.get("softcap"):
+            logits = cap * torch.tanh(logits / cap)
+        distance = torch.arange(len(key)) - (len(key) - 1)
+        if (slopes := options.get("alibi_slopes")) is not None:
+            logits = logits + slopes[:, None] * distance
+        if window := options.get("sliding_window"):
+            logits = logits.masked_fill(distance <= -window, -torch.inf)
+        expected.append(torch.einsum("hk,khd->hd", logits.softmax(-1), value))
+    rest = (query, *paged.caches, paged.tables)
+    for kernel in (paged_attention_v1, paged_attention_v2):
+        out = kernel(*rest, paged.seq_lens, paged.scale, **options)
+        torch.testing.assert_close(out, torch.stack(expected), **CLOSE)
+    starts = torch.tensor([0, 1, 2, 3])
+    out = context_attention_fwd(*rest, starts, paged.seq_lens, paged.scale, **options)
+    torch.testing.assert_close(out, torch.stack(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("kernel", [paged_attention_v1, paged_attention_v2])
+def test_a_sequence_of_no_tokens_gets_zeros(kernel):
+    """What a padded decode batch holds; its table may name anything."""
+    paged = Paged([40, 3], HEADS["GQA"])
+    query = paged.query(3)
+    tables = torch.cat([paged.tables, torch.full_like(paged.tables[:1], 10**6)])
+    seq_lens = torch.cat([paged.seq_lens, torch.tensor([0])])
+    out = kernel(query, *paged.caches, tables, seq_lens, paged.scale)
+    assert torch.equal(out[2], torch.zeros_like(out[2]))
+    assert torch.equal(out[:2], paged.decode(kernel, query[:2]))
+
+
+def test_int8_rounds_and_cuts_off():
+    """Ties go to even, 127 steps either way, one scale for each head."""
+    key = torch.tensor([[[0.5, -1.5, 200.0], [1.0, 3.0, -900.0]]])
+    cache = torch.zeros(1, 2, 2, 3, dtype=torch.int8), torch.zeros(1, 2, 2, 3, dtype=torch.int8)
+    reshape_and_cache(key, key, *cache, torch.tensor([1]), torch.tensor([1.0, 2.0]), 2.0)
+    assert [[0, -2, 127], [0, 2, -127]] == cache[0][0, 1].tolist()
+    assert [[0, -1, 100], [0, 2, -127]] == cache[1][0, 1].tolist()
+
+
+@pytest.mark.parametrize("kernel", [paged_attention_v1, paged_attention_v2])
+def test_out_is_written_and_returned(kernel):
+    paged = Paged([40, 3], HEADS["GQA"])
+    query = paged.query(2)
+    out = torch.zeros(2, 8, 32, dtype=torch.float16)
+    rest = (paged.tables, paged.seq_lens, paged.scale)
+    assert kernel(query, *paged.caches, *rest, out=out) is out
+    assert torch.equal(paged.decode(kernel, query).half(), out)
+
+
+# -- bad input: the offending index -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.tables.__setitem__((1, 2), 99), r"block_tables\[1, 2\] is 99: the cache has blocks 0 to 24"),
+        (lambda p: p.tables.__setitem__((0, 0), -1), r"block_tables\[0, 0\] is -1"),
+        (lambda p: p.seq_lens.__setitem__(1, -7), r"seq_lens\[1\] is -7: a length cannot be negative"),
+        (lambda p: p.seq_lens.__setitem__(0, 500), r"seq_lens\[0\] is 500: that takes 32 blocks of 16, and the table"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kernel", [paged_attention_v1, paged_attention_v2, context_attention_fwd])
+def test_tables_and_lengths_are_checked(kernel, change, message):
+    paged = Paged([40, 130], HEADS["GQA"])
+    assert (25, 10) == (len(paged.caches[0]), paged.tables.shape[1])
+    change(paged)
+    starts = (torch.tensor([0, 1, 2]),) if kernel is context_attention_fwd else ()
+    with pytest.raises(ValueError, match=message):
+        kernel(
+            paged.query(2), *paged.caches, paged.tables, *starts, paged.seq_lens, paged.scale
+        )  # fmt: skip
+
+
+def test_what_lies_behind_a_sequence_is_not_checked():
+    paged = Paged([40, 130], HEADS["GQA"])
+    paged.tables[0, 3:] = 10**6
+    paged.decode(paged_attention_v1, paged.query(2))
+
+
+@pytest.mark.parametrize("slot", [64, -2])
+def test_a_slot_beyond_the_cache(slot):
+    cache = torch.zeros(4, 16, 2, 32)
+    key = torch.zeros(3, 2, 32)
+    message = rf"slot_mapping\[1\] is {slot}: the cache has slots 0 to 63"
+    with pytest.raises(ValueError, match=message):
+        reshape_and_cache(key, key, cache, cache.clone(), torch.tensor([0, slot, -1]))
+    assert not cache.any()
+
+
+def test_a_pair_beyond_the_caches():
+    with pytest.raises(
+        ValueError, match=r"block_mapping\[1, 1\] is 3: that cache has blocks 0 to 2"
+    ):
+        swap_blocks(
+            torch.zeros(5, 4, 1, 8), torch.zeros(3, 4, 1, 8), torch.tensor([[4, 0], [0, 3]])
+        )
+
+
+def test_a_chunk_longer_than_its_sequence():
+    paged = Paged([4, 40], HEADS["GQA"])
+    starts = torch.tensor([0, 5, 6])
+    with pytest.raises(ValueError, match="sequence 0 of 4 tokens has the queries 0 to 5 of 6"):
+        context_attention_fwd(
+            paged.query(6), *paged.caches, paged.tables, starts, paged.seq_lens, paged.scale
+        )
+
+
+def test_unsupported_says_what_is_supported():
+    fits = dict(head_size=64, num_heads=8, num_kv_heads=2, block_size=16, dtype=torch.bfloat16)
+    assert [] == unsupported(**fits)
+    assert [] == unsupported(**fits, cache_dtype=torch.float8_e4m3fn, layout="split")
+    assert [
+        "head size 8 in layout split: it must be a multiple of 16 bytes' worth of elements"
+    ] == unsupported(**fits | dict(head_size=8), cache_dtype=torch.int8, layout="split")
+    assert ["cache dtype uint8: float32, float16, bfloat16, float8_e4m3fn, float8_e5m2, int8 are supported "
+            "(a uint8 cache of vLLM's is a view of float8_e4m3fn)"
+    ] == unsupported(**fits, cache_dtype=torch.uint8)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Decode in Triton beside a dense reference. Runs under `test_interpreted.py`, or on a GPU: ``pytest`` with this path."""
+"""Decode in Triton beside a dense reference. Runs under `test_interpreted.py`, or on a GPU."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a CPU: Triton's interpreter has to be chosen before Triton is imported, so a process of its own."""
+"""The Triton kernels on a CPU, in processes of their own: the interpreter is chosen before Triton is imported."""
 
 import importlib.util
 import os

@@ -220,7 +220,9 @@ def paged_attention_v2(
             query.device, num_kv_heads * (2 * plan.shares + num_seqs * splits),
             group * arguments["HEAD_PAD"], 2 * group, num_seqs * num_kv_heads,
         )  # fmt: skip
-        arguments.update(ROWS=triton.next_power_of_2(group), PIECES=plan.pieces)
+        group_rows = triton.next_power_of_2(group)
+        pieces = _pieces(plan, group_rows, arguments["HEAD_PAD"])
+        arguments.update(ROWS=group_rows, PIECES=pieces)
         if plan.shares:
             paged_attention_v2_kernel[(num_kv_heads, plan.shares)](
                 **arguments, **compiled, num_seqs=num_seqs, SEQS_PAD=_padded(num_seqs)
@@ -233,11 +235,23 @@ def paged_attention_v2(
 
 
 def _compiled(plan: Plan, query: Tensor, num_kv_heads: int) -> dict[str, int]:
-    """What decides which program Triton makes, besides dtypes and layout."""
-    group = query.shape[1] // num_kv_heads
+    """What decides which program Triton makes, besides dtypes and layout.
+
+    Larger accumulators get more warps than the plan says, which is made for groups up to 16, heads up to 128 and 16
+    bits: where registers run out, ptxas has been seen to make programs that compute wrongly.
+    """
+    _, num_heads, head_size = query.shape
+    group = num_heads // num_kv_heads
     rows = max(16, triton.next_power_of_2(group))  # of a dot, at least
-    depth = dict(num_warps=plan.warps, num_stages=max(1, plan.stages))
-    return dict(GROUP=group, GROUP_PAD=rows, TILE=plan.tile, STAGES=plan.stages, **depth)
+    times = rows // 16 * triton.cdiv(head_size, 128) * (query.element_size() // 2)
+    warps = min(8, plan.warps * times)
+    shape = dict(GROUP=group, GROUP_PAD=rows, TILE=plan.tile, STAGES=plan.stages)
+    return dict(**shape, num_warps=warps, num_stages=max(1, plan.stages))
+
+
+def _pieces(plan: Plan, group_rows: int, head_pad: int) -> int:
+    """As many as leave the reduce some registers."""
+    return max(1, min(plan.pieces, 8192 // (group_rows * head_pad)))
 
 
 def _padded(num_seqs: int) -> int:

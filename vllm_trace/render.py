@@ -215,6 +215,7 @@ def kernels(rows: Sequence[Kernel], copy_rate: int = 0) -> Table:
     else:
         columns = ("attention kernel", "variant", "calls", "a call", "median", "of copy", "clock")
         made = table(*columns, left=(0, 1, 6))
+        made.columns[0].overflow = "fold"
     for kernel in rows:
         mean = duration(kernel.total_ns / max(1, kernel.num_calls))
         cells = [str(kernel.num_steps), str(kernel.num_calls), duration(kernel.total_ns), mean]
@@ -499,7 +500,7 @@ def report(summary: Summary, *, limit: int = MAX_ROWS) -> RenderableType:
         title = f"Requests ({len(summary.requests)})"
         parts += [_titled(title, requests(summary.requests, limit))]
     if summary.kernels:
-        parts += [_titled("Kernels", kernels(summary.kernels, copy_rate_of(summary)))]
+        parts += [_titled("Kernels", kernels(summary.kernels))]
     parts += [_titled("What happened", Text("\n".join(findings(summary))))]
     if summary.problems:
         text = Text("\n".join(summary.problems), style="yellow")

@@ -30,7 +30,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.export import columns
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
-from vllm_trace.export.tables import HASHES, PAIRS, SCHEMAS, to_json
+from vllm_trace.export.tables import HASHES, SCHEMAS, TUPLES, to_json
 from vllm_trace.export.tokenize import (
     BOOL,
     FLOAT,
@@ -59,7 +59,7 @@ STEPS_KEPT = 8
 BY_TAG: dict[int, type[Event]] = {cls.__struct_config__.tag: cls for cls in EVENT_TYPES}  # type: ignore[misc]
 
 SHAPED = {
-    cls: not any(n in PAIRS or n in ("groups", "settings") for n in cls.__struct_fields__)
+    cls: not any(n in TUPLES or n in ("groups", "settings") for n in cls.__struct_fields__)
     for cls in EVENT_TYPES
 }
 """Kinds that can be picked out of tokens."""

@@ -27,8 +27,12 @@ PLACE = ("number", "process", "step", "at_ns")
 HASHES = ("block_hashes", "new_hashes", "hashes")
 """Fields that hold hashes: unsigned."""
 
-PAIRS = {"candidates": ("backend", "rejected"), "events": ("what", "hashes")}
-"""Names for the two halves of fields that are lists of pairs."""
+TUPLES = {
+    "candidates": ("backend", "rejected"),
+    "events": ("what", "hashes"),
+    "worst": ("absolute", "relative", "request", "position"),
+}
+"""Names for the parts of fields that are lists of tuples."""
 
 INT, HASH, TEXT = pa.int64(), pa.uint64(), pa.string()
 
@@ -48,8 +52,7 @@ def arrow_type(name: str, hint: Any) -> pa.DataType:
     if origin is list:
         return pa.list_(arrow_type(name, inside[0]))
     if origin is tuple:
-        first, second = PAIRS[name]
-        return pa.struct([(first, TEXT), (second, arrow_type(second, inside[1]))])
+        return pa.struct([(part, arrow_type(part, of)) for part, of in zip(TUPLES[name], inside)])
     if origin is dict:
         key, value = inside
         return TEXT if value is Any else pa.map_(arrow_type("", key), arrow_type("", value))

@@ -1,6 +1,7 @@
 """The tables: every event whole, the compiled reader's as the other's, what they say of blocks."""
 
 import json
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from vllm_trace.events import (
     RequestPreempted,
     SlotsAllocated,
     SlotsRefused,
+    StepScheduled,
     StepUpdated,
     to_dict,
 )
@@ -46,7 +48,7 @@ from vllm_trace.export import (
 from vllm_trace.export.derived import connect
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace, time_of
-from vllm_trace.tracefile import SUFFIX, TAIL_SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX, TAIL_SUFFIX, TraceFile, TraceWriter, decode_batch
 
 GOLD = Path(__file__).parent.parent / "gold"
 NAMES = sorted(path.stem for path in GOLD.glob("*.vtrace"))
@@ -171,8 +173,6 @@ def fitting(value, name=""):
 def test_it_reads_the_same_from_any_events_or_leaves_them_to_the_other(
     batches, level, killed, as_they_are
 ):
-    import tempfile
-
     batches = batches if not as_they_are else fitting(batches)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"main-1{SUFFIX}"
@@ -193,6 +193,79 @@ def test_it_reads_the_same_from_any_events_or_leaves_them_to_the_other(
             raise AssertionError("the compiled reader took what the other refuses") from None
         assert repr(wanted) == repr(found)
         assert (slow.names, slow.problems) == (quick.names, quick.problems)
+
+
+# What a recorder leaves to the reader ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Traces of vLLM's own scheduler, recorded now, by level."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: there is no scheduler to record")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(Path(__file__).parents[2])
+        from bench import arms
+        from bench.engine import Engine
+
+        folder, core = tmp_path_factory.mktemp("fresh"), Engine()
+        return {
+            level: arms.trace_of(lambda: core.serve(150), folder / level, level=level)
+            for level in ("full", "light")
+        }
+
+
+def on_disk(path):
+    """The events as they are in the file, with nothing put back."""
+    file = TraceFile(path)
+    for raw in file.frames():
+        position = 0
+        while position < len(raw):
+            size = int.from_bytes(raw[position : position + 4], "little")
+            yield from decode_batch(raw[position + 4 : position + 4 + size])
+            position += 4 + size
+
+
+@pytest.mark.parametrize("piece", [2000, fast.PIECE])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_a_fresh_trace_of_the_real_scheduler_reads_the_same(level, piece, fresh, monkeypatch):
+    """Steps that are as the last one, calls that only the step's composition can place."""
+    told = list(on_disk(fresh[level]))
+    steps = [event for event in told if type(event) is StepScheduled]
+    assert any(step.requests is None for step in steps) and any(step.requests for step in steps)
+    if level == "full":
+        assert any(step.num_kept < 0 for step in steps)
+        assert any(type(event) is SlotsAllocated and event.num_kept < 0 for event in told)
+    monkeypatch.setattr(fast, "PIECE", piece)
+    slow, quick = both(fresh[level])
+    assert slow == quick
+    assert all(row["num_kept"] >= 0 for row in quick[0][StepScheduled])
+
+
+@given(st.data())
+def test_silent_calls_are_counted_as_by_the_plain_reader(data):
+    """Any calls before any steps; a step in a piece of its own, or in one with its calls."""
+    number = st.integers(0, 4)
+    call = st.builds(SlotsAllocated, number, st.just(1), st.just(0), st.just([[1]]), st.just([[]]),
+                     st.just(3), st.sampled_from([-1, 0, 2]))  # fmt: skip
+    refused = st.builds(SlotsRefused, number, st.just(1), st.just(0), st.just(3), st.just(-1))
+    asked = st.lists(number, unique=True).map(lambda requests: (requests, [1] * len(requests)))
+    same = st.just((None, None))
+    batches = []
+    for count in range(1, data.draw(st.integers(1, 5)) + 1):
+        requests, num_tokens = data.draw(asked | same)
+        kept = data.draw(st.sampled_from([-1, -1, 3]))
+        events = data.draw(st.lists(call | refused, max_size=5))
+        events.append(StepScheduled(count, count, 1, 1, 1, 1, kept, requests, num_tokens))
+        if data.draw(st.booleans()):
+            batches += [[event] for event in events]
+        else:
+            batches.append(events)
+    batches.append(data.draw(st.lists(call, max_size=3)) + [StepUpdated(1, 99, 1)])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        path = write_trace(Path(folder), "main", 1, batches)
+        patched.setattr(fast, "PIECE", data.draw(st.sampled_from([1, 60, 10_000])))
+        slow, quick = both(path)
+        assert slow == quick
 
 
 def test_unusual_bytes_are_read_on_by_the_other(tmp_path, monkeypatch):

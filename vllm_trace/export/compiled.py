@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from numba import njit
 
-from vllm_trace.export import columns, fast, tenancies
+from vllm_trace.export import columns, fast, lives, tenancies
 from vllm_trace.export.columns import Chunk
 from vllm_trace.trace import Trace
 
 fold = njit(cache=True)(tenancies.fold)
+live = njit(cache=True)(lives.fold)
 
 
 def chunks(trace: Trace, tokens: bool = False) -> Iterator[Chunk]:

@@ -10,7 +10,7 @@ Raises ``Unusual`` for bytes that a recorder does not write: ``columns`` then sa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -25,6 +25,8 @@ from vllm_trace.events import (
     Event,
     RequestArrived,
     RequestSeen,
+    SlotsAllocated,
+    SlotsRefused,
     StepScheduled,
     StepUpdated,
 )
@@ -39,6 +41,7 @@ from vllm_trace.export.tokenize import (
     NIL,
     NUMBER,
     TEXT,
+    count_kept,
     pick,
     pick_lists,
     pick_texts,
@@ -63,6 +66,9 @@ SHAPED = {
     for cls in EVENT_TYPES
 }
 """Kinds that can be picked out of tokens."""
+
+CALLS = (SlotsAllocated, SlotsRefused)
+"""What ``allocate_slots`` answered."""
 
 MOST_KNOWN = 10_000
 """Sampling parameters that are kept as JSON: most requests have those of another."""
@@ -118,15 +124,19 @@ class _Frame:
     """A frame's columns; steps and times may still be missing at its end."""
 
     number: int
-    rows: dict[type[Event], tuple[np.ndarray, list[pa.Array]]]
+    rows: dict[type[Event], tuple[np.ndarray, dict[str, pa.Array]]]
     """For each kind, which events of the frame they are, and their own columns."""
     steps: np.ndarray
     has_step: np.ndarray
     times: np.ndarray
     has_time: np.ndarray
+    num_kept: dict[type[Event], np.ndarray] = field(default_factory=dict)
+    """The column of that name, where there is one: numbers that are not in the file are put in."""
     first_step: int | None = None
     """Of the first mark in the frame."""
     first_time: int | None = None
+    num_uncounted: int = 0
+    """Calls whose ``num_kept`` follows from a step that is not read yet."""
 
     def fill(self, before: _Frame) -> bool:
         """Give an earlier frame what it still waits for; whether it has all now."""
@@ -137,7 +147,8 @@ class _Frame:
             if first is not None:
                 own[~has] = first
                 has[:] = True
-        return bool(before.has_step.all() and before.has_time.all()) or (
+        whole = before.has_step.all() and before.has_time.all() and not before.num_uncounted
+        return bool(whole) or (
             # ``columns`` lets an event wait for a chunk, and so must this.
             self.number - before.number > columns.CHUNK
         )
@@ -152,8 +163,44 @@ class _Frame:
                 pa.array(self.steps[which], mask=~self.has_step[which]),
                 pa.array(self.times[which], mask=~self.has_time[which]),
             ]
-            made[cls] = pa.record_batch([*places, *own], schema=SCHEMAS[cls])
+            if "num_kept" in own:
+                own["num_kept"] = pa.array(self.num_kept[cls])
+            made[cls] = pa.record_batch([*places, *own.values()], schema=SCHEMAS[cls])
         return made
+
+
+class _Calls:
+    """The calls of ``allocate_slots`` in a frame, in their order."""
+
+    def __init__(self, frame: _Frame) -> None:
+        self._columns = [
+            (cls, *frame.rows[cls], frame.num_kept[cls]) for cls in CALLS if cls in frame.rows
+        ]
+        none = [np.zeros(0, np.int64)]
+        places = np.concatenate(none + [which for _, which, _, _ in self._columns])
+        self._order = np.argsort(places)
+        self.places = places[self._order]
+        requests = [own["request"].to_numpy() for _, _, own, _ in self._columns]
+        self.requests = np.concatenate(none + requests)[self._order]
+        self.kept = np.concatenate(none + [kept for *_, kept in self._columns])[self._order]
+
+    def of(self, call: int) -> tuple[type[Event], int]:
+        """Kind and row of a call."""
+        row = int(self._order[call])
+        for cls, which, _, _ in self._columns:
+            if row < len(which):
+                break
+            row -= len(which)
+        return cls, row
+
+    def put_back(self, kept: np.ndarray) -> None:
+        """Counts of the calls, into the columns that they are from."""
+        unsorted = np.empty_like(kept)
+        unsorted[self._order] = kept
+        begin = 0
+        for *_, column in self._columns:
+            column[:] = unsorted[begin : begin + len(column)]
+            begin += len(column)
 
 
 class _Reading:
@@ -166,6 +213,8 @@ class _Reading:
         self.known: dict[bytes, str] = {}
         self.sorts = np.empty(0, np.int8)
         self.last = {n: pa.array([[]], pa.list_(pa.int64())) for n in ("requests", "num_tokens")}
+        self.uncounted: list[tuple[_Frame, type[Event], int, int]] = []
+        """Calls of the step that is being scheduled that lack their count: row and request."""
         self.of_steps = np.zeros((2, 0), np.int64)
         """Step, number of requests of the last steps that were scheduled."""
         self.scheduled = np.zeros(0, np.int64)
@@ -208,6 +257,7 @@ class _Reading:
             frame.rows[cls] = (which, own)
             if cls in MARKS:
                 marks[which] = True
+        self._count_kept(frame)
         self._spread(frame, marks)
         return frame
 
@@ -246,7 +296,7 @@ class _Reading:
         lengths: np.ndarray,
         which: np.ndarray,
         frame: _Frame,
-    ) -> list[pa.Array]:
+    ) -> dict[str, pa.Array]:
         """The own columns of all events of a kind; their steps and times go to the frame."""
         if not SHAPED[cls]:
             return self.by_hand(cls, which, frame)
@@ -274,9 +324,11 @@ class _Reading:
         elif cls is RequestSeen or cls is RequestArrived:
             pairs = zip(made["request"].to_pylist(), made["request_id"].to_pylist())
             self.names.update(pairs)
-        return [*made.values()]
+        if "num_kept" in made:
+            frame.num_kept[cls] = np.array(made["num_kept"])
+        return made
 
-    def by_hand(self, cls: type[Event], which: np.ndarray, frame: _Frame) -> list[pa.Array]:
+    def by_hand(self, cls: type[Event], which: np.ndarray, frame: _Frame) -> dict[str, pa.Array]:
         """Decode each event and take its fields."""
         try:
             events = [_decode_event(self.raw[a:b]) for a, b in self._bytes_of(which)]
@@ -289,9 +341,10 @@ class _Reading:
                     raise Unusual("a time")
                 frame.times[row], frame.has_time[row] = at, True
         try:
-            return own_columns(cls, events, self.with_tokens)
+            made = own_columns(cls, events, self.with_tokens)
         except TraceError as error:
             raise Unusual(str(error)) from None
+        return dict(zip(list(SCHEMAS[cls].names)[4:], made))
 
     def _bytes_of(self, which: np.ndarray) -> Iterator[tuple[int, int]]:
         return zip(self.begins[which].tolist(), self.ends[which].tolist())
@@ -319,8 +372,8 @@ class _Reading:
         if pa.types.is_list(kind):
             inner = kind.value_type
             if pa.types.is_list(inner):
-                return self.lists_of_lists(at, name in HASHES)
-            return self.lists(at, name in HASHES)
+                return self.lists_of_lists(at, name in HASHES, default)
+            return self.lists(at, name in HASHES, default)
         if pa.types.is_map(kind):
             return self.maps(at, kind)
         if pa.types.is_string(kind):
@@ -354,27 +407,31 @@ class _Reading:
         wide[spread] = values
         return wide
 
-    def _lengths(self, at: np.ndarray, sort: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _lengths(
+        self, at: np.ndarray, sort: int, default: Any = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """(how many each list or map has, which are null or None when none is)."""
         sorts = self.sorts[at]
         good = sorts == sort
         if good.all():
             return self.values[at], None
-        absent = (sorts == NIL) | (sorts == MISSING)
-        if not (good | absent).all():
+        null = sorts == NIL
+        if default is None:
+            null |= sorts == MISSING
+        if not (good | null | (sorts == MISSING)).all():
             raise Unusual("a list")
-        return np.where(good, self.values[at], 0), sorts == NIL
+        return np.where(good, self.values[at], 0), null
 
-    def lists(self, at: np.ndarray, unsigned: bool) -> pa.Array:
-        lengths, null = self._lengths(at, LIST)
+    def lists(self, at: np.ndarray, unsigned: bool, default: Any) -> pa.Array:
+        lengths, null = self._lengths(at, LIST, default)
         values = np.empty(int(lengths.sum()), np.int64)
         if not pick_lists(at, lengths, self.sorts, self.values, unsigned, values):
             raise Unusual("a list of numbers")
         values = pa.array(values.view(np.uint64) if unsigned else values)
         return pa.ListArray.from_arrays(_offsets(lengths), values, mask=_mask(null))
 
-    def lists_of_lists(self, at: np.ndarray, unsigned: bool) -> pa.Array:
-        outer, null = self._lengths(at, LIST)
+    def lists_of_lists(self, at: np.ndarray, unsigned: bool, default: Any) -> pa.Array:
+        outer, null = self._lengths(at, LIST, default)
         present = outer > 0
         inside = _ranges(at[present] + 1, self.nexts[at[present]] - at[present] - 1)
         is_head = self.sorts[inside] == LIST
@@ -457,6 +514,35 @@ class _Reading:
         steps = self.numbers(found["step"])
         self.scheduled = np.concatenate([self.scheduled, which])
         self.of_steps = np.concatenate([self.of_steps, [steps, sizes]], axis=1)
+
+    def _count_kept(self, frame: _Frame) -> None:
+        """Below 0, ``num_kept`` follows from the composition of the step, as in ``tracefile``."""
+        carried, counts = self.uncounted, frame.num_kept
+        if not carried and all(column.min() >= 0 for column in counts.values()):
+            return
+        calls = _Calls(frame)
+        places = np.concatenate([np.full(len(carried), -1), calls.places])
+        requests = np.concatenate([[call[3] for call in carried], calls.requests]).astype(np.int64)
+        kept = np.concatenate([np.full(len(carried), -1), calls.kept])
+        first = 0
+        if StepScheduled in frame.rows:
+            at, own = frame.rows[StepScheduled]
+            lists = own["requests"]
+            first = count_kept(
+                places, requests, kept, at,
+                np.asarray(lists.offsets), np.asarray(lists.values), counts[StepScheduled],
+            )  # fmt: skip
+            for (earlier, cls, row, _), value in zip(carried, kept.tolist()):
+                earlier.num_kept[cls][row] = value
+                earlier.num_uncounted -= 1
+            calls.put_back(kept[len(carried) :])
+            carried = []
+        rest = np.flatnonzero(kept[first:] < 0)[len(carried) :] + first
+        self.uncounted = carried + [
+            (frame, *calls.of(call - len(kept) + len(calls.kept)), int(requests[call]))
+            for call in rest.tolist()
+        ]
+        frame.num_uncounted = len(rest)
 
     def _spell_out_outputs(
         self, made: dict[str, pa.Array], found: dict[str, np.ndarray], which: np.ndarray

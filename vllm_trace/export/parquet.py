@@ -2,7 +2,7 @@
 
 A folder with a file for each table, all of them always there, so that a query never lacks one. What
 the columns are stands in ``tables``; how blocks, requests and steps are made of events in
-``derived``. Memory is bounded by the row groups that are open.
+``tenancies``, ``lives`` and ``steps``. Memory is bounded by the row groups that are open.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from vllm_trace import __version__
 from vllm_trace.events import EVENT_TYPES, SCHEMA_VERSION, Event
-from vllm_trace.export import Exported, ExportOptions, columns, exporter, tenancies
+from vllm_trace.export import Exported, ExportOptions, columns, exporter, lives, steps, tenancies
 from vllm_trace.export.tables import SCHEMAS, TRACE, table_name
 from vllm_trace.trace import Trace
 
@@ -105,8 +105,6 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
 @exporter("parquet", "Tables for SQL: one for each kind of event", to="folder", suffix=".parquet")
 def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
     """Write all tables into the folder."""
-    from vllm_trace.export import derived
-
     about = {
         "vllm_trace.version": __version__,
         "vllm_trace.schema": str(SCHEMA_VERSION),
@@ -114,13 +112,16 @@ def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
         "level": trace.level,
     }
     files = {cls: _table(out, table_name(cls.kind), SCHEMAS[cls], about) for cls in EVENT_TYPES}
-    blocks = _table(out, "blocks", tenancies.SCHEMA, about)
+    made = {
+        name: _table(out, name, schema, about)
+        for name, schema in (
+            ("blocks", tenancies.SCHEMA), ("steps", steps.SCHEMA), ("requests", lives.SCHEMA),
+        )
+    }  # fmt: skip
     try:
-        tenants = _fill(trace, options.tokens, files, blocks)
-        for batch in tenants.end():
-            blocks.add(batch)
+        _fill(trace, options.tokens, files, made)
     except BaseException:
-        for table in (*files.values(), blocks):
+        for table in (*files.values(), *made.values()):
             table.abandon()
         raise
     problems = trace.problems
@@ -128,13 +129,12 @@ def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
         "vllm_trace.complete": "no" if problems else "yes",
         "vllm_trace.problems": json.dumps(problems),
     }
-    for table in (*files.values(), blocks):
+    for table in (*files.values(), *made.values()):
         table.close(ended)
     _processes(trace, _table(out, "trace", TRACE, about), ended)
-    derived.write(out, about | ended)
     counts = {"events": sum(table.num_rows for table in files.values())}
     return Exported(
-        counts | {"tenancies of blocks": blocks.num_rows},
+        counts | {"tenancies of blocks": made["blocks"].num_rows},
         notes=["the tables are marked: vllm_trace.complete is no"] if problems else [],
     )
 
@@ -144,30 +144,39 @@ def _table(out: Path, name: str, schema: pa.Schema, about: dict[str, str]) -> Ta
 
 
 def _fill(
-    trace: Trace, tokens: bool, files: dict[type[Event], TableFile], blocks: TableFile
-) -> tenancies.Tenancies:
-    chunks, tenants = _reader(trace, tokens)
+    trace: Trace, tokens: bool, files: dict[type[Event], TableFile], made: dict[str, TableFile]
+) -> None:
+    chunks, makers = _reader(trace, tokens)
     for chunk in chunks:
         for cls, batch in chunk.items():
             files[cls].add(batch)
-        for batch in tenants.take(chunk):
-            blocks.add(batch)
-    return tenants
+        for name, maker in makers.items():
+            for batch in maker.take(chunk):
+                made[name].add(batch)
+    for name, maker in makers.items():
+        for batch in maker.end():
+            made[name].add(batch)
 
 
-def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], tenancies.Tenancies]:
-    """Chunks and what follows the blocks: compiled where that pays and can be had."""
+def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], dict[str, Any]]:
+    """Chunks and what makes tables of them: compiled where that pays and can be had."""
     size = sum(file.path.stat().st_size for file in trace.files)
     if size >= FAST_FROM:
         # RuntimeError: numba finds no folder that it may keep what it compiles in.
         with contextlib.suppress(ImportError, RuntimeError):
             from vllm_trace.export import compiled
 
-            if len(trace.files) > 1:
-                return columns.chunks(trace, tokens), tenancies.Tenancies(compiled.fold)
-            found = compiled.chunks(trace, tokens)
-            return found, tenancies.Tenancies(compiled.fold)
-    return columns.chunks(trace, tokens), tenancies.Tenancies()
+            found = compiled if len(trace.files) == 1 else columns
+            return found.chunks(trace, tokens), _makers(compiled.fold, compiled.live)
+    return columns.chunks(trace, tokens), _makers(tenancies.fold, lives.fold)
+
+
+def _makers(fold: Any, live: Any) -> dict[str, Any]:
+    return {
+        "blocks": tenancies.Tenancies(fold),
+        "steps": steps.Steps(),
+        "requests": lives.Lives(live),
+    }
 
 
 def _processes(trace: Trace, table: TableFile, about: dict[str, str]) -> None:

@@ -48,6 +48,7 @@ from vllm_trace.export.tokenize import (
     tokenize,
     walk,
 )
+from vllm_trace.trace import time_of
 from vllm_trace.tracefile import TraceFile
 
 MISSING = 99
@@ -189,9 +190,9 @@ class _Calls:
         row = int(self._order[call])
         for cls, which, _, _ in self._columns:
             if row < len(which):
-                break
+                return cls, row
             row -= len(which)
-        return cls, row
+        raise IndexError(call)
 
     def put_back(self, kept: np.ndarray) -> None:
         """Counts of the calls, into the columns that they are from."""
@@ -335,8 +336,9 @@ class _Reading:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Unusual(str(error)) from None
         for row, event in zip(which.tolist(), events):
-            at = getattr(event, "at_ns", None)
-            if at is not None:
+            if (step := getattr(event, "step", None)) is not None:
+                frame.steps[row], frame.has_step[row] = step, True
+            if (at := time_of(event)) is not None:
                 if not -(1 << 63) <= at < 1 << 63:
                     raise Unusual("a time")
                 frame.times[row], frame.has_time[row] = at, True

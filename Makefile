@@ -22,10 +22,13 @@ env:  ## the environment alone (.ci/lane says what it is)
 demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hello)
 	@$(PY) -m vllm_trace run $(SCENARIO)
 
+# duckdb and triton tell at exit what tests' tracebacks still held; it is nobody's business.
+LEAKS := ^nanobind: |^ - (leaked|\.\.\. skipped)|^See https://nanobind
+
 # pytest last: its closing line is the verdict. T= narrows it: make test T="tests/mini -k free"
 test: export VLLM_CACHE_ROOT := $(VLLM_CACHE_ROOT)
 test: lint browser  ## style, then all tests
-	@.venv/bin/pytest $(T)
+	@.venv/bin/pytest $(T) 2> >(grep -vE "$(LEAKS)" >&2)
 
 browser:  # a Chromium for the tests of the report, where one can be had
 	@.ci/browser

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded import admitted, arrived, ended, engine, looked_up, step, updated, written
 
+from export.derived_sql import REQUESTS, STEPS
 from export.test_perfetto import async_trace
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
@@ -41,7 +42,9 @@ from vllm_trace.export import (
     compiled,
     export,
     fast,
+    lives,
     parquet,
+    steps,
     tables,
     tenancies,
 )
@@ -230,10 +233,10 @@ def on_disk(path):
 def test_a_fresh_trace_of_the_real_scheduler_reads_the_same(level, piece, fresh, monkeypatch):
     """Steps that are as the last one, calls that only the step's composition can place."""
     told = list(on_disk(fresh[level]))
-    steps = [event for event in told if type(event) is StepScheduled]
-    assert any(step.requests is None for step in steps) and any(step.requests for step in steps)
+    told_steps = [event for event in told if type(event) is StepScheduled]
+    assert any(step.requests is None for step in told_steps)
     if level == "full":
-        assert any(step.num_kept < 0 for step in steps)
+        assert any(step.num_kept < 0 for step in told_steps)
         assert any(type(event) is SlotsAllocated and event.num_kept < 0 for event in told)
     monkeypatch.setattr(fast, "PIECE", piece)
     slow, quick = both(fresh[level])
@@ -468,6 +471,49 @@ def test_steps_and_requests_say_what_the_summary_says(name, tmp_path):
             row["num_steps"] or 0, row["first_step"] or 0, row["last_step"] or 0,
             row["scheduled_ns"] or 0,
         )  # fmt: skip
+
+
+def as_sql_says(database):
+    for name, query in (("steps", STEPS), ("requests", REQUESTS)):
+        wanted = database.sql(query).to_arrow_table()
+        found = database.sql(f"FROM {name}").to_arrow_table()
+        assert wanted.schema == found.schema
+        assert wanted.to_pylist() == found.to_pylist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_and_requests_are_what_sql_makes_of_the_events(name, tmp_path):
+    as_sql_says(exported(GOLD / f"{name}.vtrace", tmp_path))
+
+
+@pytest.mark.parametrize("later", [40, steps.LATER])
+@pytest.mark.parametrize("compiled_from", [0, 1 << 60])
+@pytest.mark.parametrize("level", ["full", "light"])
+def test_those_of_a_fresh_trace_too(level, compiled_from, later, fresh, tmp_path, monkeypatch):
+    """In small pieces, and with rows that wait no longer than they must."""
+    monkeypatch.setattr(parquet, "FAST_FROM", compiled_from)
+    monkeypatch.setattr(fast, "PIECE", 20_000)
+    monkeypatch.setattr(columns, "CHUNK", 300)
+    monkeypatch.setattr(steps, "LATER", later)
+    monkeypatch.setattr(lives, "LATER", later)
+    as_sql_says(exported(fresh[level], tmp_path))
+
+
+def test_those_of_several_processes(tmp_path, monkeypatch):
+    as_sql_says(exported(async_trace(tmp_path / "trace"), tmp_path))
+
+
+def test_too_many_rows_do_not_wait_for_one_request(tmp_path, monkeypatch):
+    """The first lives on; those after it are written when three rows wait."""
+    monkeypatch.setattr(columns, "CHUNK", 4)
+    monkeypatch.setattr(lives, "LATER", 0)
+    monkeypatch.setattr(lives, "MOST_HELD", 2)
+    events = [engine(), arrived(0, "long", 4)]
+    for number in range(1, 9):
+        events += [arrived(number, f"r-{number}", 4), *ended(number, [1])]
+    database = exported(written(tmp_path / "trace", events), tmp_path)
+    found = [row["request"] for row in rows(database, "FROM requests")]
+    assert [*range(9)] == sorted(found) and found.index(0) > 0
 
 
 # What is missing, what is secret, what is bounded --------------------------------------------

@@ -45,6 +45,8 @@ from vllm_trace.export.tokenize import (
     pick,
     pick_lists,
     pick_texts,
+    same_bytes,
+    sum_bytes,
     tokenize,
     walk,
 )
@@ -478,22 +480,27 @@ class _Reading:
 
     def json(self, at: np.ndarray) -> pa.Array:
         """Maps of any shape; the same bytes are decoded once."""
-        known, texts = self.known, []
         if (self.sorts[at] != MAP).any():
             raise Unusual("a map")
-        after = self.places[self.nexts[at]]
-        for begin, end in zip(self.places[at].tolist(), after.tolist()):
+        begins, ends = self.places[at], self.places[self.nexts[at]]
+        sums = np.empty(len(at), np.uint64)
+        sum_bytes(self.bytes, begins, ends, sums)
+        _, firsts, which = np.unique(sums, return_index=True, return_inverse=True)
+        if not same_bytes(self.bytes, begins, ends, firsts[which]):
+            which = firsts = np.arange(len(at))  # two of the same sum
+        texts = []
+        for begin, end in zip(begins[firsts].tolist(), ends[firsts].tolist()):
             raw = self.raw[begin:end]
-            text = known.get(raw)
+            text = self.known.get(raw)
             if text is None:
-                if len(known) > MOST_KNOWN:
-                    known.clear()
+                if len(self.known) > MOST_KNOWN:
+                    self.known.clear()
                 try:
-                    text = known[raw] = to_json(_decode(raw))
+                    text = self.known[raw] = to_json(_decode(raw))
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     raise Unusual(str(error)) from None
             texts.append(text)
-        return pa.array(texts, pa.string())
+        return pa.array(texts, pa.string()).take(pa.array(which))
 
     # What a recorder leaves out ---------------------------------------------------------
 

@@ -64,13 +64,13 @@ WIDEST = 1 << 22
 """Range of request numbers that are looked up in a table."""
 
 
-def fold(ops, requests, tokens, outputs, low, table, rows, out, state):
+def fold(ops, requests, tokens, outputs, low, table, rows, out, state, answers):
     """Take the steps that were scheduled (``ops`` 0) and updated (1), in their order.
 
     ``ops``: what, process, step, ns, begin and end of its requests (or outputs), begin and end of
     its tokens, event. ``table`` has the row of request ``low + i``. ``out`` is a ring of requests without
     an output whose results are out: process, step, event, place in the step, row; ``state`` its
-    begin and end.
+    begin and end. Without ``answers`` no operation has outputs.
     """
     for op in range(len(ops)):
         what, process, step, ns = ops[op, 0], ops[op, 1], ops[op, 2], ops[op, 3]
@@ -95,7 +95,7 @@ def fold(ops, requests, tokens, outputs, low, table, rows, out, state):
                     if rows[row, NUM_COMPUTED_TOKENS] == NONE:
                         rows[row, NUM_COMPUTED_TOKENS] = 0
                     rows[row, NUM_COMPUTED_TOKENS] += tokens[first + i]
-                if rows[row, FIRST_OUTPUT_NS] == NONE:
+                if answers and rows[row, FIRST_OUTPUT_NS] == NONE:
                     place = state[1] % len(out)
                     out[place, 0] = process
                     out[place, 1] = step
@@ -128,15 +128,13 @@ def fold(ops, requests, tokens, outputs, low, table, rows, out, state):
 class Lives:
     """Takes the chunks of a trace and gives the rows of ``requests``."""
 
-    def __init__(self, fold: Any = fold) -> None:
-        self._fold = fold
+    def __init__(self, fold: Any = fold, answers: bool = True) -> None:
+        self._fold, self._answers = fold, answers
         self._rows = np.empty((0, len(KINDS)), np.int64)
-        self._texts: dict[str, list[str | None]] = {name: [] for name in TEXTS}
+        self._texts = {name: np.empty(0, object) for name in TEXTS}
         self._free: list[int] = []
-        self._order: list[int] = []
+        self._order = np.empty(0, np.int64)
         """Rows in the order in which their requests arrived."""
-        self._of: dict[int, int] = {}
-        """Request to row."""
         self._out = np.empty((MOST_OUT, 5), np.int64)
         self._state = np.zeros(2, np.int64)
 
@@ -160,10 +158,12 @@ class Lives:
             more = max(lacking, 64)
             self._free += range(len(self._rows), len(self._rows) + more)
             self._rows = np.concatenate([self._rows, np.full((more, len(KINDS)), NONE)])
-            for texts in self._texts.values():
-                texts += [None] * more
-        rows = [self._free.pop() for _ in range(batch.num_rows)]
+            for name, texts in self._texts.items():
+                self._texts[name] = np.concatenate([texts, np.full(more, None)])
+        rows = self._free[-batch.num_rows :]
+        del self._free[-batch.num_rows :]
         self._rows[rows] = NONE
+        self._texts["reason"][rows] = None
         for name, source in (
             ("request", "request"), ("arrived_event", "number"), ("arrived_ns", "at_ns"),
             ("num_prompt_tokens", "num_prompt_tokens"), ("max_tokens", "max_tokens"),
@@ -174,10 +174,8 @@ class Lives:
         for name in ("num_refusals", "num_preemptions", "num_lost_tokens"):
             self._rows[rows, PLACE[name]] = 0
         for name, source in (("name", "request_id"), ("lora", "lora")):
-            for row, text in zip(rows, batch[source].to_pylist()):
-                self._texts[name][row] = text
-        self._of.update(zip(batch["request"].to_pylist(), rows))
-        self._order += rows
+            self._texts[name][rows] = _texts(batch[source])
+        self._order = np.concatenate([self._order, rows])
 
     def _schedule(self, chunk: Chunk) -> None:
         planned, updated = chunk.get(StepScheduled), chunk.get(StepUpdated)
@@ -192,12 +190,15 @@ class Lives:
             ops[:, 3] += numbers(updated, "dur_ns")
             lists[2] = _spread(ops, updated["num_output_tokens"], 4)
             made.append((numbers(updated, "number"), ops))
-        if not made or not self._of:
+        if not made or not len(self._order):
             return
         order = np.argsort(np.concatenate([at for at, _ in made]), kind="stable")
         low, table, lists[0] = self._table(lists[0])
         every = np.concatenate([ops for _, ops in made])[order]
-        self._fold(every, *lists, low, table, self._rows, self._out, self._state)
+        self._fold(
+            every, *lists, low, table, self._rows, self._out, self._state,
+            self._answers,
+        )  # fmt: skip
 
     def _operations(self, batch: pa.RecordBatch, what: int) -> np.ndarray:
         ops = np.zeros((batch.num_rows, 9), np.int64)
@@ -208,15 +209,17 @@ class Lives:
 
     def _table(self, requests: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
         """The lowest request that lives, the rows of it and the next, the requests."""
-        known = np.fromiter(self._of, np.int64, len(self._of))
-        rows = np.fromiter(self._of.values(), np.int64, len(self._of))
+        rows = self._order
+        if not len(rows):
+            return 0, rows, requests
+        known = self._rows[rows, PLACE["request"]]
         low, high = int(known.min()), int(known.max())
         if high - low < WIDEST:
             table = np.full(high - low + 1, -1)
             table[known - low] = rows
             return low, table, requests
-        order = np.argsort(known)
-        at = np.minimum(np.searchsorted(known[order], requests), len(known) - 1)
+        order = np.argsort(known, kind="stable")
+        at = np.maximum(np.searchsorted(known[order], requests, "right") - 1, 0)
         return 0, rows[order], np.where(known[order][at] == requests, at, -1)
 
     def _tell(self, chunk: Chunk) -> None:
@@ -244,8 +247,7 @@ class Lives:
                 ("num_output_tokens", "num_output_tokens"),
             ):  # fmt: skip
                 rows[found, PLACE[name]] = numbers(batch, source)[which]
-            for row, reason in zip(found.tolist(), batch["reason"].take(which).to_pylist()):
-                self._texts["reason"][row] = reason
+            self._texts["reason"][found] = _texts(batch["reason"])[which]
 
     def _allocate(self, hits: np.ndarray, found: np.ndarray) -> None:
         """The first call is of the admission, later hits are of resumptions."""
@@ -260,34 +262,24 @@ class Lives:
 
     def _find(self, batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
         """Which of these events name a request that lives, and its row."""
-        of = self._of
-        found = np.array([of.get(r, -1) for r in batch["request"].to_pylist()], np.int64)
-        which = np.flatnonzero(found >= 0)
-        return which, found[which]
+        low, table, requests = self._table(numbers(batch, "request"))
+        which = np.flatnonzero((requests >= low) & (requests < low + len(table)))
+        found = table[requests[which] - low]
+        there = found >= 0
+        return which[there], found[there]
 
     def _complete(self, until: int) -> Iterator[pa.RecordBatch]:
-        if not self._order:
-            return
-        order = np.array(self._order)
-        ended = self._rows[order, PLACE["finished_event"]]
-        done = (ended != NONE) & (ended < until)
-        ready = order[: len(done) if done.all() else int(done.argmin())]
-        if len(order) - len(ready) > MOST_HELD:
-            ready = order[done]
-        if not len(ready):
-            return
-        yield self._batch(ready.tolist())
-        gone = set(ready.tolist())
-        self._order = [row for row in self._order if row not in gone]
-        for row in gone:
-            request = int(self._rows[row, PLACE["request"]])
-            if self._of.get(request) == row:
-                del self._of[request]
-            for texts in self._texts.values():
-                texts[row] = None
-        self._free += gone
+        ended = self._rows[self._order, PLACE["finished_event"]]
+        ready = (ended != NONE) & (ended < until)
+        in_order = np.logical_and.accumulate(ready)
+        if len(ready) - np.count_nonzero(in_order) <= MOST_HELD:
+            ready = in_order
+        if ready.any():
+            gone, self._order = self._order[ready], self._order[~ready]
+            yield self._batch(gone)
+            self._free += gone.tolist()
 
-    def _batch(self, order: list[int]) -> pa.RecordBatch:
+    def _batch(self, order: np.ndarray) -> pa.RecordBatch:
         rows = self._rows[order]
         for name, source in SINCE_ARRIVAL.items():
             at = rows[:, PLACE[source]]
@@ -296,10 +288,14 @@ class Lives:
         columns = []
         for name, kind in KINDS.items():
             if name in TEXTS:
-                columns.append(pa.array([self._texts[name][row] for row in order], kind))
+                columns.append(pa.array(self._texts[name][order], kind))
             else:
                 columns.append(nullable(rows[:, PLACE[name]]).cast(kind))
         return pa.record_batch(columns, schema=SCHEMA)
+
+
+def _texts(column: pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False)
 
 
 def _spread(ops: np.ndarray, column: pa.Array, place: int) -> np.ndarray:

@@ -167,15 +167,17 @@ def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], dict[s
             from vllm_trace.export import compiled
 
             found = compiled if len(trace.files) == 1 else columns
-            return found.chunks(trace, tokens), _makers(compiled.fold, compiled.live)
-    return columns.chunks(trace, tokens), _makers(tenancies.fold, lives.fold)
+            return found.chunks(trace, tokens), _makers(trace, compiled.fold, compiled.live)
+    return columns.chunks(trace, tokens), _makers(trace, tenancies.fold, lives.fold)
 
 
-def _makers(fold: Any, live: Any) -> dict[str, Any]:
+def _makers(trace: Trace, fold: Any, live: Any) -> dict[str, Any]:
+    # No file of level light has outputs.
+    answers = any(file.header.get("level") != "light" for file in trace.files)
     return {
         "blocks": tenancies.Tenancies(fold),
         "steps": steps.Steps(),
-        "requests": lives.Lives(live),
+        "requests": lives.Lives(live, answers),
     }
 
 

@@ -67,6 +67,9 @@ SCHEMA = pa.schema(
 # What can happen, in the order in which it takes effect within one event.
 STARTED_ANEW, FREED, CALLED, GOT_HITS, GOT_NEW, GAVE_BACK, FATE, GOT_HASH, LOST_HASH = range(9)
 
+OF_BLOCKS = (SlotsAllocated, BlocksFreed, BlocksCached, BlockEvicted)
+"""Without one of these nobody has a block, as in a trace of level light."""
+
 MOST_BLOCKS = 1 << 24
 """A larger id is no block's: it bounds what a damaged trace can ask for."""
 
@@ -204,6 +207,10 @@ class Tenancies:
 
     def take(self, chunk: Chunk) -> Iterator[pa.RecordBatch]:
         """What is complete after this chunk."""
+        if not any(cls in chunk for cls in OF_BLOCKS) and not any(
+            len(pool.rows) for pool in self._pools.values()
+        ):
+            return
         for process, ops, flat in _operations(chunk):
             pool = self._pools.get(process)
             if pool is None:

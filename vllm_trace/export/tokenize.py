@@ -222,3 +222,27 @@ def count_kept(places, calls, kept, steps, offsets, requests, of_steps):
                     kept[call] = of_steps[step]
         first = last
     return first
+
+
+@njit(cache=True)
+def sum_bytes(raw, begins, ends, made):
+    """A checksum (FNV-1a) of each stretch of bytes."""
+    for i in range(len(begins)):
+        value = np.uint64(0xCBF29CE484222325)
+        for at in range(begins[i], ends[i]):
+            value = (value ^ np.uint64(raw[at])) * np.uint64(0x100000001B3)
+        made[i] = value
+
+
+@njit(cache=True)
+def same_bytes(raw, begins, ends, others):
+    """Whether each stretch of bytes is the same as another one."""
+    for i in range(len(begins)):
+        begin, other = begins[i], begins[others[i]]
+        size = ends[i] - begin
+        if size != ends[others[i]] - other:
+            return False
+        for at in range(size):
+            if raw[begin + at] != raw[other + at]:
+                return False
+    return True

@@ -250,6 +250,10 @@ def allocate_slots(
     num_new_tokens,
     num_new_computed_tokens,
     new_computed_blocks,
+    num_lookahead_tokens,
+    full_sequence_must_fit,
+    reserved_blocks,
+    has_scheduled_reqs,
 ):
     if result is self.empty_kv_cache_blocks and new_computed_blocks is None:
         if recorder.tight:
@@ -258,7 +262,20 @@ def allocate_slots(
         free = self.block_pool.free_block_queue.num_free_blocks
         number = numbers[request.request_id]
         kept = len(recorder.kept) if recorder.tight else -1
-        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free, kept))
+        wanted = blocks_wanted(
+            self,
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            new_computed_blocks,
+            num_lookahead_tokens,
+            full_sequence_must_fit,
+        )
+        if wanted:
+            wanted += reserved_blocks
+            if has_scheduled_reqs and request.status.name in ("WAITING", "PREEMPTED"):
+                wanted += self.watermark_blocks
+        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free, kept, wanted))
     elif not num_new_computed_tokens and len(result.blocks) == 1 == len(result.blocks[0]):
         # A request that decodes got its next block.
         append(
@@ -287,6 +304,39 @@ def allocate_slots(
                 len(recorder.kept) if recorder.tight else -1,
             )
         )
+
+
+def blocks_wanted(
+    manager: Any, request: Any, num_new: int, num_hit: int, hits: Any, num_ahead: int, whole: bool
+) -> int:
+    """vLLM's own count of the free blocks that a refused call needed, made again: nothing has changed since.
+
+    0 where its way of counting is another one; a refusal is told all the same.
+    Source: vLLM 0.32 and 0.33, ``KVCacheManager.allocate_slots``.
+    """
+    num_computed = request.num_computed_tokens + num_hit
+    end = num_computed + num_new
+    goals = [(min(end + num_ahead, manager.max_model_len), end, False)]
+    if whole:
+        tokens = min(request.num_tokens, manager.max_model_len)
+        goals.append((tokens, tokens, True))
+    try:
+        return max(
+            manager.coordinator.get_num_blocks_to_allocate(
+                request_id=request.request_id,
+                num_tokens=num_tokens,
+                new_computed_blocks=(hits or manager.empty_kv_cache_blocks).blocks,
+                num_encoder_tokens=0,
+                total_computed_tokens=num_computed,
+                num_local_computed_tokens=num_computed,
+                num_tokens_main_model=num_main,
+                apply_admission_cap=capped,
+                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+            )
+            for num_tokens, num_main, capped in goals
+        )
+    except (AttributeError, TypeError):
+        return 0
 
 
 @probe()

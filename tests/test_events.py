@@ -16,7 +16,7 @@ FIELDS = {
     5: "request.freed: request",
     6: "prefix.looked_up: request num_tokens num_hit_tokens blocks new_hashes",
     7: "slots.allocated: request num_new_tokens num_hit_tokens blocks hit_blocks num_free_blocks num_kept",
-    9: "slots.refused: request num_new_tokens num_hit_tokens num_free_blocks num_kept",
+    9: "slots.refused: request num_new_tokens num_hit_tokens num_free_blocks num_kept num_wanted_blocks",
     10: "blocks.taken: blocks",
     11: "block.evicted: block hashes",
     12: "blocks.touched: blocks ref_cnts",

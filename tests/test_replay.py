@@ -8,7 +8,7 @@ import pytest
 from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
-from vllm_trace.trace import Trace, read_trace
+from vllm_trace.trace import Record, Trace, read_trace
 from vllm_trace.tracefile import TraceFile
 
 GOLD = sorted((Path(__file__).parent / "gold").glob("*.vtrace"))
@@ -181,3 +181,79 @@ def test_a_truncated_trace_is_not_a_pass(tmp_path):
     result = replay(read_trace(path), "manager")
     assert result.divergence is None and not result.passed
     assert "truncated" in " ".join(result.not_judged)
+
+
+def side_by_side(*names):
+    """The golden traces of several scenarios as the schedulers of one run, at the same time."""
+    files = [TraceFile(Path(__file__).parent / "gold" / f"{name}.vtrace") for name in names]
+    starts = [
+        next(e.at_ns for e in Trace([file]).events() if type(e) is ev.EngineConfigured)
+        for file in files
+    ]
+    for number, (file, start) in enumerate(zip(files, starts)):
+        file.header["host"] = f"rank-{number}"
+        file.header["clock"] = {"unix_ns": 0, "monotonic_ns": start}
+    return Trace(files)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engines_of_a_data_parallel_run_are_replayed_each_by_itself(mode):
+    trace = side_by_side("preempt", "evict", "batch")
+    order = [record.process for record in trace.records()]
+    assert order != sorted(order), "they do not overlap"
+    result = replay(trace, mode)
+    assert result.divergence is None and result.not_judged == []
+    assert result.num_consumed == result.num_events == len(order)
+
+
+def test_a_difference_in_one_of_several_engines_is_found():
+    trace = side_by_side("preempt", "batch")
+    records = trace.records
+    change = TAMPERINGS["off by one"][1]()
+
+    def tampered():
+        for record in records():
+            events = change(record.event) if record.process == 1 else [record.event]
+            yield from (record._replace(event=event) for event in events)
+
+    trace.records = tampered
+    found = replay(trace, "manager").divergence
+    assert found is not None and "slots.allocated" in found.recorded
+
+
+class Several(Trace):
+    """Golden traces one behind the other, as one process tells them."""
+
+    def __init__(self, names, *, stopped):
+        gold = Path(__file__).parent / "gold"
+        super().__init__([TraceFile(gold / f"{name}.vtrace") for name in names])
+        self.stopped = stopped
+
+    def records(self):
+        number = 0
+        for file in self.files:
+            for event in Trace([file]).events():
+                if type(event) is not ev.EngineStopped or self.stopped:
+                    number += 1
+                    yield Record(number, 0, event)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_engines_that_follow_each_other_in_a_process_are_replayed(stopped):
+    result = replay(Several(["hello", "prefix"], stopped=stopped), "engine")
+    assert result.divergence is None and result.passed
+
+
+def test_a_difference_with_two_engines_of_one_process_says_that_they_may_be_mixed_up():
+    class Mixed(Several):
+        def records(self):
+            lost = False
+            for record in super().records():
+                if type(record.event) is ev.BlocksTaken and record.number > 400 and not lost:
+                    lost = True
+                    continue
+                yield record
+
+    result = replay(Mixed(["hello", "batch"], stopped=False), "manager")
+    assert result.divergence is not None and not result.passed
+    assert "cannot be told apart" in result.not_judged[0]

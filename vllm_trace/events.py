@@ -144,6 +144,9 @@ class SlotsRefused(Event, tag=9):
     num_hit_tokens: int
     num_free_blocks: int
     num_kept: int = 0
+    num_wanted_blocks: int = 0
+    """Free blocks that the call needed: new ones, hits that lie in the free queue, and what must stay
+    free beside them (watermark, reserve). 0 where it is not known."""
 
 
 class BlocksTaken(Event, tag=10):

@@ -129,7 +129,7 @@ def test_traces_of_random_workloads_replay(real, kind, tmp_path_factory):
     @hypothesis_settings(max(10, NUM_EXAMPLES // 3))
     @given(
         seed=st.integers(0, 2**32 - 1),
-        spare=st.integers(0, 30),
+        spare=st.sampled_from([0, 0, 1, 3, 9, 30]),
         max_num_batched_tokens=st.sampled_from([8, 16, 33, 128]),
         max_num_seqs=st.sampled_from([1, 3, 8]),
         policy=st.sampled_from(["fcfs", "priority"]),
@@ -177,7 +177,10 @@ def test_traces_of_random_workloads_replay(real, kind, tmp_path_factory):
         assert WITHOUT_WORKERS - {j.invariant.id for j in judged.of("holds")} <= (
             set() if enable_caching else {"hit-cached", "hash-chain"}
         )
-        preempted.append(any(e.kind == "request.preempted" for e in trace.events()))
+        events = [*read_trace(folder / "trace").events()]
+        preempted.append(any(event.kind == "request.preempted" for event in events))
+        refused = [event for event in events if event.kind == "slots.refused"]
+        assert [] == [e for e in refused if e.num_wanted_blocks <= e.num_free_blocks]
 
     check()
     # A window keeps so few blocks that these pools are never too small for it.

@@ -41,7 +41,9 @@ def refusal_of(
     Source: vLLM 0.32 ``KVCacheManager.allocate_slots``, ``get_num_blocks_to_allocate``.
     """
     held = state.tables.get(event.request)
-    made = Refusal(number, event.request, event.num_free_blocks, bool(held))
+    made = Refusal(
+        number, event.request, event.num_free_blocks, bool(held), event.num_wanted_blocks or None
+    )
     config = state.config
     if config is None or any(group.kind not in PLAIN_GROUPS for group in config.groups):
         return made

@@ -148,8 +148,9 @@ def _allocated(event: SlotsAllocated, names: Names) -> str:
 
 
 def _refused(event: SlotsRefused, names: Names) -> str:
+    wanted = f" ({event.num_wanted_blocks} wanted)" if event.num_wanted_blocks else ""
     return (
-        f"{_who(event.request, names)} is refused blocks for {event.num_new_tokens} tokens; "
+        f"{_who(event.request, names)} is refused blocks{wanted} for {event.num_new_tokens} tokens; "
         f"{event.num_free_blocks} are free"
     )
 

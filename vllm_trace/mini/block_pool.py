@@ -251,11 +251,10 @@ class BlockPool:
             full_blocks = [*compress(full_blocks, mask)]
             hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
-        found = map(cached.setdefault, hashes, full_blocks)
-        for block, block_hash, first in zip(full_blocks, hashes, found):
+        for block, block_hash in zip(full_blocks, hashes):
             block.block_hash = block_hash
             block.group_id = group_id
-            if first is not block:
+            if cached.setdefault(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:
             ids = [block.block_id for block in full_blocks]

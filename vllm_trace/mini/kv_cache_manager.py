@@ -207,7 +207,7 @@ class KVCacheManager:
         if not self._fits(num_slots, hits, num_computed, num_usable):
             return self._refuse(request, num_new_tokens)
 
-        held = self.requests[request.request_id] = RequestBlocks([[] for _ in self.groups])
+        held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
             self._add_hits(held, hits, num_computed)
         new_blocks = self._extend(request, held, num_slots, num_tokens, num_computed)
@@ -250,9 +250,11 @@ class KVCacheManager:
         num_required = -(-num_slots // block_size)
         num_missing = num_required - len(tables[0])
         if num_missing > 0:
-            new_blocks = tuple([self.block_pool.get_new_blocks(num_missing) for _ in tables])
-            for table, blocks in zip(tables, new_blocks):
+            new_blocks = ()
+            for table in tables:
+                blocks = self.block_pool.get_new_blocks(num_missing)
                 table += blocks
+                new_blocks += (blocks,)
         held.quiet_until = len(tables[0]) * block_size
         if self.enable_caching:
             num_full = min(num_tokens, request.num_tokens) // block_size

@@ -25,8 +25,9 @@ from vllm_trace.events import BackendSelected, EngineConfigured
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.engine import EngineReplay
+from vllm_trace.replay.engines import Engines
 from vllm_trace.replay.manager import ManagerReplay
-from vllm_trace.replay.segments import Segment, segments
+from vllm_trace.replay.segments import COMPARED_OF_WORKERS, OF_WORKERS, Segment, segments
 from vllm_trace.trace import Trace
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
@@ -75,28 +76,36 @@ def replay(trace: Trace, mode: str) -> Replayed:
         result.not_judged.append(
             "level light: blocks and lookups were not recorded, so nothing can be compared"
         )
-    driver: Replay | None = None
+    engines = Engines()
     for segment in segments(trace):
         result.num_events += len(segment.events)
         kind = type(segment.events[0])
-        if kind is EngineConfigured and not result.not_judged and not result.divergence:
+        judging = not result.not_judged and not result.divergence
+        if kind is EngineConfigured and judging:
             config: Any = segment.events[0]
             result.not_judged += _unfollowed(config, trace)
             if not result.not_judged:
-                driver = DRIVERS[mode](config, trace)
+                engines.begin(segment.process, DRIVERS[mode](config, trace))
                 result.num_consumed += 1
         elif kind is BackendSelected:
             # Chosen before there is an engine; kept for people, not compared.
             result.num_consumed += 1
-        elif driver is not None and not result.not_judged and not result.divergence:
-            _run(driver, segment, result, trace)
-    if driver is None and not result.not_judged:
+        elif judging and engines:
+            driver = engines.of(segment)
+            if driver is not None:
+                _run(driver, segment, result, trace)
+                result.not_judged += engines.confused(segment, result)
+            elif kind in OF_WORKERS and kind not in COMPARED_OF_WORKERS:
+                result.num_consumed += len(
+                    segment.events
+                )  # an idle rank keeps in step with the others
+    if not engines and not result.not_judged:
         problems = trace.problems
         raise TraceError(
             "this trace has no engine in it" + (f": {problems[0]}" if problems else ""),
             hint="Was the process of the scheduler traced, and from its start?",
         )
-    result.not_judged += _missing_workers(trace, driver)
+    result.not_judged += _missing_workers(trace, engines.all)
     result.not_judged += trace.problems
     return result
 
@@ -118,14 +127,15 @@ def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> No
     result.num_silent += driver.num_silent - silent
 
 
-def _missing_workers(trace: Trace, driver: Replay | None) -> list[str]:
-    """An engine with workers in processes of their own, of which not all were traced."""
+def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
+    """Engines with workers in processes of their own, of which not all were traced."""
     roles = [file.header.get("role") for file in trace.files]
-    if driver is None or "engine" not in roles:
+    if "engine" not in roles:
         return []
-    settings = driver.settings
-    wanted = (settings.get("tensor_parallel_size") or 1) * (
-        settings.get("pipeline_parallel_size") or 1
+    wanted = sum(
+        (each.settings.get("tensor_parallel_size") or 1)
+        * (each.settings.get("pipeline_parallel_size") or 1)
+        for each in drivers
     )
     if roles.count("worker") >= wanted:
         return []

@@ -7,8 +7,8 @@ of which ends with one of those two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from vllm_trace.events import (
     AttentionCalled,
@@ -33,12 +33,15 @@ OF_WORKERS = frozenset(
     {TableRowChanged, SlotsMapped, AttentionPlanned, AttentionCalled, StepExecuted, StepSampled}
     | {RequestSeen}
 )
+COMPARED_OF_WORKERS = frozenset({TableRowChanged, SlotsMapped})
+"""Those of them that say something of blocks."""
 
 
 class Segment(NamedTuple):
     """Events of one process in their order."""
 
-    numbers: Sequence[int]
+    numbers: Any
+    """Of the events: a range, or a list."""
     process: int
     events: list[Event]
 
@@ -52,25 +55,20 @@ def segments(trace: Trace) -> Iterator[Segment]:
     if type(trace) is Trace and len(trace.files) == 1:
         yield from _of_one_process(trace)
         return
-    waiting: list[Event] = []
-    numbers: list[int] = []
-    process = 0
-    for number, teller, event in trace.records():
+    waiting: dict[int, Segment] = {}  # by process: several schedulers may run side by side
+    for number, process, event in trace.records():
         kind = type(event)
         if kind in OF_WORKERS:
-            yield Segment([number], teller, [event])
+            yield Segment([number], process, [event])
             continue
-        if kind in ALONE and waiting:
-            yield Segment(numbers, process, waiting)
-            waiting, numbers = [], []
-        waiting.append(event)
-        numbers.append(number)
-        process = teller
+        if kind in ALONE and process in waiting:
+            yield waiting.pop(process)
+        segment = waiting.setdefault(process, Segment([], process, []))
+        segment.numbers.append(number)
+        segment.events.append(event)
         if kind in ENDS or kind in ALONE:
-            yield Segment(numbers, process, waiting)
-            waiting, numbers = [], []
-    if waiting:
-        yield Segment(numbers, process, waiting)
+            yield waiting.pop(process)
+    yield from waiting.values()
 
 
 def _of_one_process(trace: Trace) -> Iterator[Segment]:

@@ -424,7 +424,8 @@ class TraceFile:
         """Count the batch and put back what a step has in common with the one before."""
         self.num_events += len(batch)
         for event in batch:
-            if type(event) is StepScheduled:
+            kind = type(event)
+            if kind is StepScheduled:
                 if event.requests is None:
                     event.requests = self._requests
                 if event.num_tokens is None:
@@ -434,10 +435,10 @@ class TraceFile:
                 if event.num_kept < 0:
                     _count_kept(event, self._calls)
                 self._calls.clear()
-            elif type(event) is SlotsAllocated or type(event) is SlotsRefused:
+            elif kind is SlotsAllocated or kind is SlotsRefused:
                 if event.num_kept < 0:
                     self._calls.append(event)
-            elif type(event) is StepUpdated:
+            elif kind is StepUpdated:
                 size = self._sizes.pop(event.step, None)
                 if event.num_output_tokens is None and size is not None and self._full:
                     event.num_output_tokens = [1] * size

@@ -619,7 +619,7 @@ def test_every_kind_of_event_is_one_that_the_fold_takes_or_leaves_out():
     """A new kind has to be thought about: it stands in one of the two lists."""
     from vllm_trace.export import spans as module
 
-    taken = {*module._ENGINE, *module._WORKER}
+    taken = {*module._ENGINE, *module._WORKER, module.EngineConfigured}
     left_out = {
         "blocks.taken", "blocks.touched", "table.changed", "slots.mapped", "probe.failed",
         "kv_events.taken", "engine.stopped", "backend.selected", "request.seen",

@@ -193,13 +193,13 @@ class Engine:
         life = self.lives.get(request)
         if life is not None and event.num_hit_tokens:
             life.computed = event.num_hit_tokens
-        self._pending.append((_ALLOCATED, request, event, self._free, self._evicted))
+        self._pending.append((Life.allocate, request, (event, self._free, self._evicted)))
         self._evicted = 0
         self._free = event.num_free_blocks
 
     def refused(self, event: SlotsRefused) -> None:
         self._refused = event.request
-        self._pending.append((_REFUSED, event.request, event))
+        self._pending.append((Life.refuse, event.request, event))
         self._free = event.num_free_blocks
 
     def freed(self, event: RequestFreed) -> None:
@@ -213,7 +213,7 @@ class Engine:
         before = self._free
         if before is not None:
             self._free = before + len(blocks) - held
-        self._pending.append((_FREED, event.request, blocks, held, before, self._free))
+        self._pending.append((Life.free, event.request, (blocks, held, before, self._free)))
 
     def preempted(self, event: RequestPreempted) -> None:
         self._free = event.num_free_blocks
@@ -224,7 +224,8 @@ class Engine:
         life.computed, life.waiting, life.resumed = 0, True, True
         life.goal = max(life.goal, event.num_computed_tokens)
         life.queued_since = self.last_ns
-        self._pending.append((_PREEMPTED, event.request, event, self._refused))
+        cause = self.name_of(self._refused) if self._refused >= 0 else ""
+        self._pending.append((Life.preempt, event.request, (event, cause)))
 
     # Steps ----------------------------------------------------------------------------
 
@@ -333,30 +334,12 @@ class Engine:
     def _settle(self, at: int, end: int, step: int = 0) -> None:
         """The pending facts happened in a call from ``at`` to ``end``, in this order."""
         pending, self._pending = self._pending, []
-        for place, (what, request, *facts) in enumerate(pending):
-            life = self.lives.get(request)
+        lives = self.lives
+        for what, request, facts in pending:
+            life = lives.get(request)
             if life is not None:
-                what(self, life, facts, step, min(at + 2 * place, end))
-
-    def _allocated(self, life: Life, facts: Any, step: int, at: int) -> None:
-        event, before, evicted = facts
-        if life.lookup is not None:
-            if life.num_hit is None:
-                life.num_hit = event.num_hit_tokens
-            life.look_up(step, at)
-            at += 1
-        life.allocate(event, before, evicted, step, at)
-
-    def _refuse(self, life: Life, facts: Any, step: int, at: int) -> None:
-        life.refuse(facts[0], at, step)
-
-    def _free_request(self, life: Life, facts: Any, step: int, at: int) -> None:
-        life.free(*facts, at)
-
-    def _preempt(self, life: Life, facts: Any, step: int, at: int) -> None:
-        event, refused = facts
-        cause = self.name_of(refused) if refused >= 0 else ""
-        life.preempt(event.num_computed_tokens, event.num_free_blocks, cause, step, at)
+                what(life, facts, step, at if at < end else end)
+            at += 2
 
     # Results --------------------------------------------------------------------------
 
@@ -490,7 +473,3 @@ class Engine:
             self._finish(life, self.last_ns)
         for step in [*self.steps.values()]:
             self._emit_step(step)
-
-
-_ALLOCATED, _REFUSED = Engine._allocated, Engine._refuse
-_FREED, _PREEMPTED = Engine._free_request, Engine._preempt

@@ -38,20 +38,22 @@ class Batcher:
     def extend(self, found: list[Span]) -> Iterator[tuple[bytes, int]]:
         """Take spans in; yields each batch that gets full: (bytes, number of spans)."""
         encode, last = wire.span, None
+        room, size = MAX_SPANS - self.num_spans, self._size
         pieces: list[bytes] = []
         for span in found:
             resource = span.resource
             if resource is not last:
                 last = resource
-                entry = self._spans.setdefault(id(resource), (resource, []))
-                pieces = entry[1]
+                pieces = self._spans.setdefault(id(resource), (resource, []))[1]
             made = encode(span)
             pieces.append(made)
-            self.num_spans += 1
-            self._size += len(made)
-            if self.num_spans >= MAX_SPANS or self._size >= MAX_BYTES:
-                last = None
+            room -= 1
+            size += len(made)
+            if not room or size >= MAX_BYTES:
+                self.num_spans = MAX_SPANS - room
                 yield self.take()
+                room, size, last = MAX_SPANS, 0, None
+        self.num_spans, self._size = MAX_SPANS - room, size
 
     def take(self) -> tuple[bytes, int]:
         """(bytes, number of spans) of the batch; a new one begins."""

@@ -37,7 +37,7 @@ class PrefixHistory:
         self.config: EngineConfigured | None = None
         self.cached: dict[int, int] = {}
         """Key → blocks that have it."""
-        self.of_block: dict[int, list[int]] = {}
+        self.of_block: dict[int, tuple[int, ...]] = {}
         """Block → its keys."""
         self.lost: dict[int, Lost] = {}
         """The one first lost comes first, and is the first to be forgotten."""
@@ -66,14 +66,14 @@ class PrefixHistory:
         above = event.group << 64
         cached, of_block = self.cached, self.of_block
         for block, block_hash in zip(event.blocks, event.hashes):
-            key = block_hash | above
+            key = block_hash | above if above else block_hash
             keys = of_block.get(block)
             if keys is None:
-                of_block[block] = [key]
+                of_block[block] = (key,)
             elif key in keys:
                 continue
             else:
-                keys.append(key)
+                of_block[block] = (*keys, key)
             cached[key] = cached.get(key, 0) + 1
 
     def block_evicted(self, event: BlockEvicted) -> None:
@@ -91,7 +91,15 @@ class PrefixHistory:
                 del cached[key]
             lost[key] = story
         if len(lost) > self.remembered:
-            # Many at a time: the first key of a dict is not cheap to find again and again.
+            self._forget()
+
+    def _forget(self) -> None:
+        """Those lost first, when they are too many: a good part of them at a time.
+
+        The first key of a dict is not cheap to find again and again.
+        """
+        lost = self.lost
+        if len(lost) > self.remembered:
             for key in [*islice(lost, len(lost) - self.remembered * 3 // 4)]:
                 del lost[key]
             self._forgot = True
@@ -105,9 +113,10 @@ class PrefixHistory:
 
     def reset(self) -> None:
         """``reset_prefix_cache``: everything was forgotten."""
-        story: Lost = ["reset", -1]
-        for block in [*self.of_block]:
-            self._lose(block, story)
+        self.lost.update(dict.fromkeys(self.cached, ["reset", -1]))
+        self.cached.clear()
+        self.of_block.clear()
+        self._forget()
 
     def looked_up(self, event: PrefixLookedUp) -> Miss:
         """Judge one lookup; ``cause`` is a key of ``explain.cache.CAUSES``."""

@@ -12,6 +12,7 @@ from vllm_trace.events import (
     PrefixLookedUp,
     RequestArrived,
     RequestFinished,
+    RequestPreempted,
     SlotsAllocated,
     SlotsRefused,
     StepScheduled,
@@ -159,7 +160,7 @@ class Life:
 
     # Waiting --------------------------------------------------------------------------
 
-    def refuse(self, event: SlotsRefused, at_ns: int, step: int) -> None:
+    def refuse(self, event: SlotsRefused, step: int, at_ns: int) -> None:
         """``allocate_slots`` said no."""
         facts = {a.STEP: step, a.FREE_AFTER: event.num_free_blocks, a.NUM_HIT: event.num_hit_tokens}
         made = self.event("refused", at_ns, facts)
@@ -235,8 +236,7 @@ class Life:
 
     def look_up(self, step: int, at_ns: int) -> None:
         """What the prefix cache had when it was admitted."""
-        if self.lookup is None:
-            return
+        assert self.lookup is not None
         (event, miss), self.lookup = self.lookup, None
         config = self.engine.history.config
         facts: dict[str, Any] = {
@@ -255,15 +255,19 @@ class Life:
         self.num_lookups = 0
         self.add("prefix_lookup", at_ns, at_ns, facts, self.call_parent(step))
 
-    def allocate(
-        self, event: SlotsAllocated, before: int | None, evicted: int, step: int, at_ns: int
-    ) -> None:
-        """It got blocks."""
+    def allocate(self, told: tuple[SlotsAllocated, int | None, int], step: int, at_ns: int) -> None:
+        """It got blocks. ``told``: the event, free blocks before it, blocks evicted for it."""
+        event, before, evicted = told
+        if self.lookup is not None:
+            if self.num_hit is None:
+                self.num_hit = event.num_hit_tokens
+            self.look_up(step, at_ns)
+            at_ns += 1
         blocks = event.blocks
         new = blocks[0] if len(blocks) == 1 else [b for row in blocks for b in row]
         facts: dict[str, Any] = {
             a.NUM_NEW_BLOCKS: len(new),
-            a.NEW_BLOCKS: tuple(new[:MAX_IDS]),
+            a.NEW_BLOCKS: tuple(new[:MAX_IDS] if len(new) > MAX_IDS else new),
             a.FREE_AFTER: event.num_free_blocks,
         }
         if before is not None:
@@ -278,8 +282,9 @@ class Life:
             self.num_new_blocks += len(new)
         self.add("allocate", at_ns, at_ns, facts, self.call_parent(step))
 
-    def free(self, blocks: list[int], held: int, before: Any, after: Any, at_ns: int) -> None:
-        """Its blocks went back."""
+    def free(self, told: tuple[list[int], int, Any, Any], step: int, at_ns: int) -> None:
+        """Its blocks went back. ``told``: they, how many others hold, free blocks before and after."""
+        blocks, held, before, after = told
         facts: dict[str, Any] = {
             a.NUM_FREED: len(blocks),
             a.FREED_BLOCKS: tuple(blocks[:MAX_IDS]),
@@ -289,9 +294,13 @@ class Life:
             facts[a.FREE_BEFORE], facts[a.FREE_AFTER] = before, after
         self.add("free", at_ns, at_ns, facts)
 
-    def preempt(self, computed: int, free: int, cause: str, step: int, at_ns: int) -> None:
-        """It waits again, from now on."""
-        facts: dict[str, Any] = {a.NUM_COMPUTED: computed, a.FREE_AFTER: free}
+    def preempt(self, told: tuple[RequestPreempted, str], step: int, at_ns: int) -> None:
+        """It waits again, from now on. ``told``: the event, and for whom it gave way."""
+        event, cause = told
+        facts: dict[str, Any] = {
+            a.NUM_COMPUTED: event.num_computed_tokens,
+            a.FREE_AFTER: event.num_free_blocks,
+        }
         if step:
             facts[a.STEP] = step
         if cause:

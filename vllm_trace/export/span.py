@@ -66,15 +66,15 @@ class Ids:
     Steps of the golden ratio: as good as random for whoever samples by ids, and no hash for each.
     """
 
-    __slots__ = ("base", "count")
+    __slots__ = ("base", "last")
 
     def __init__(self, base: int) -> None:
-        self.base = base
-        self.count = 0
+        self.base = self.last = base
 
     def next(self) -> bytes:
-        self.count += 1
-        return ((self.base + self.count * _GOLDEN & _MASK) or 1).to_bytes(8, "big")
+        """The id at the next place, from 1 on."""
+        made = self.last = self.last + _GOLDEN & _MASK
+        return (made or 1).to_bytes(8, "big")
 
     def at(self, place: int) -> bytes:
         return ((self.base + place * _GOLDEN & _MASK) or 1).to_bytes(8, "big")

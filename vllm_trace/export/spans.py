@@ -155,8 +155,6 @@ class SpanFold:
                 if engine is None:
                     engine = self._new_engine(process)
                 method(engine, event)
-                if kind is EngineConfigured:
-                    self._configured(process, event)
             elif kind in _LEFT_OUT:
                 continue
             elif kind in _WORKER:
@@ -168,6 +166,10 @@ class SpanFold:
                     home.worked(process, event)
             elif kind is BackendSelected:
                 process.backends[layer_index(event.layer)] = event.backend
+            elif kind is EngineConfigured:
+                engine = engine or self._new_engine(process)
+                engine.configured(event)
+                self._configured(process, event)
             elif kind is RequestSeen and process.home is None and engine is None:
                 self._find_home(process, event.request_id)
 
@@ -231,7 +233,6 @@ class SpanFold:
 
 
 _ENGINE: dict[type, Callable[[Engine, Any], None]] = {
-    EngineConfigured: Engine.configured,
     RequestArrived: Engine.arrived,
     RequestFinished: Engine.finished,
     RequestPreempted: Engine.preempted,

@@ -14,17 +14,25 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vllm_trace.export.span import Link, Resource, Span, SpanEvent
+from vllm_trace.export.span import INTERNAL, SERVER, Link, Resource, Span, SpanEvent
 
 _U64 = (1 << 64) - 1
 
 # Span: ids, flags and times have fixed places; the rest follows them.
-_CHILD = struct.Struct("<2s16s2s8s2s8s2sIBQBQ")
-_ROOT = struct.Struct("<2s16s2s8s2sIBQBQ")
+_CHILD = struct.Struct("<2s16s2s8s2s8s7sQBQ")
+_ROOT = struct.Struct("<2s16s2s8s7sQBQ")
 _TRACE_ID, _SPAN_ID, _PARENT_ID, _FLAGS = b"\x0a\x10", b"\x12\x08", b"\x22\x08", b"\x85\x01"
-_START, _END = 0x39, 0x41
+_START, _END = b"\x39", 0x41
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x300
 SAMPLED = 1
+
+
+def _flags(flags: int) -> bytes:
+    """The field of the flags, and the tag of the start that comes after it."""
+    return _FLAGS + (flags | SAMPLED).to_bytes(4, "little") + _START
+
+
+_LOCAL, _REMOTE = _flags(_HAS_IS_REMOTE), _flags(_IS_REMOTE)
 
 _EVENT_TIME = struct.Struct("<BQ")
 _LINK = struct.Struct("<4s16s2s8sBI")
@@ -74,15 +82,19 @@ def any_value(value: Any) -> bytes:
     return field(0x0A, str(value).encode("utf-8", "replace"))
 
 
-class _Keys(dict[str, bytes]):
-    """Name → the ``key`` field of a ``KeyValue``."""
+class _Texts(dict[str, bytes]):
+    """Text → the field that holds it: the few names that come again and again."""
 
-    def __missing__(self, name: str) -> bytes:
-        made = self[name] = field(0x0A, name.encode())
+    def __init__(self, tag: int) -> None:
+        super().__init__()
+        self.tag = tag
+
+    def __missing__(self, text: str) -> bytes:
+        made = self[text] = field(self.tag, text.encode())
         return made
 
 
-_KEYS = _Keys()
+_KEYS, _EVENT_NAMES = _Texts(0x0A), _Texts(0x12)
 _MAX_KNOWN = 1 << 16
 
 
@@ -97,14 +109,20 @@ class _Attributes(dict[tuple[str, Any], bytes]):
         super().__init__()
         self.tag = tag
         self.of = self.__getitem__
+        self._heads: dict[tuple[str, int], bytes] = {}
+        """(name, bytes of a number) → all that stands before the number."""
 
     def __missing__(self, item: tuple[str, Any]) -> bytes:
-        key, value = _KEYS[item[0]], item[1]
+        name, value = item
+        key = _KEYS[name]
         kind = type(value)
-        if kind is int and len(key) < 110:
+        if kind is int:
             body = number(value)
-            size = len(body) + 1
-            made = b"%c%c%b\x12%c\x18%b" % (self.tag, len(key) + 2 + size, key, size, body)
+            head = self._heads.get((name, len(body)))
+            if head is None:
+                whole = field(self.tag, key + field(0x12, b"\x18" + body))
+                head = self._heads[name, len(body)] = whole[: -len(body)]
+            made = head + body
         elif kind is tuple:
             made = field(self.tag, key + field(0x12, field(0x2A, _list(value))))
             if len(value) > 1:
@@ -126,20 +144,15 @@ _ELEMENTS = [field(0x0A, b"\x18" + one) for one in _SMALL]
 
 def _list(values: Sequence[Any]) -> bytes:
     if values and type(values[0]) is int and min(values) >= 0 and max(values) < len(_ELEMENTS):
-        return b"".join([_ELEMENTS[value] for value in values])
+        return b"".join(map(_ELEMENTS.__getitem__, values))
     return b"".join([field(0x0A, any_value(value)) for value in values])
 
 
 def event(one: SpanEvent) -> bytes:
     """``Span.Event`` as a field of the span."""
-    body = b"".join(
-        [
-            _EVENT_TIME.pack(0x09, one.at_ns & _U64),
-            field(0x12, one.name.encode()),
-            *map(_event_attribute, one.attributes.items()),
-        ]
-    )
-    made = one.wire = field(0x5A, body)
+    head = _EVENT_TIME.pack(0x09, one.at_ns & _U64) + _EVENT_NAMES[one.name]
+    body = head + b"".join(map(_event_attribute, one.attributes.items()))
+    made = one.wire = b"\x5a" + number(len(body)) + body
     return made
 
 
@@ -150,46 +163,61 @@ def link(one: Link) -> bytes:
     )
 
 
-class _Names(dict[tuple[str, int], bytes]):
-    """(name, kind) of a span → both fields."""
+class _Names(dict[str, bytes]):
+    """Name of a span of one kind → both fields."""
 
-    def __missing__(self, key: tuple[str, int]) -> bytes:
-        name, kind = key
-        made = self[key] = field(0x2A, name.encode()) + b"\x30" + number(kind)
+    def __init__(self, kind: int) -> None:
+        super().__init__()
+        self.kind = b"\x30" + number(kind)
+
+    def __missing__(self, name: str) -> bytes:
+        made = self[name] = field(0x2A, name.encode()) + self.kind
         return made
 
 
-_NAMES = _Names()
+_NAMES = {kind: _Names(kind) for kind in (INTERNAL, SERVER)}
 
 
 def span(one: Span) -> bytes:
     """``Span`` as a field of ``ScopeSpans``."""
     if one.parent_id:
-        flags = (_IS_REMOTE if one.remote_parent else _HAS_IS_REMOTE) | SAMPLED
         head = _CHILD.pack(
             _TRACE_ID, one.trace_id, _SPAN_ID, one.span_id, _PARENT_ID, one.parent_id,
-            _FLAGS, flags, _START, one.start_ns & _U64, _END, one.end_ns & _U64,
+            _REMOTE if one.remote_parent else _LOCAL, one.start_ns & _U64, _END, one.end_ns & _U64,
         )  # fmt: skip
     else:
         head = _ROOT.pack(
             _TRACE_ID, one.trace_id, _SPAN_ID, one.span_id,
-            _FLAGS, _HAS_IS_REMOTE | SAMPLED, _START, one.start_ns & _U64, _END, one.end_ns & _U64,
+            _LOCAL, one.start_ns & _U64, _END, one.end_ns & _U64,
         )  # fmt: skip
-    parts = [head, _NAMES[one.name, one.kind], *map(_span_attribute, one.attributes.items())]
-    if one.events:
-        parts += [each.wire or event(each) for each in one.events]
-    if one.dropped_events:
-        parts.append(b"\x60" + number(one.dropped_events))
+    name = _NAMES[one.kind][one.name]
+    attributes = one.attributes
+    parts = [head, name, *map(_span_attribute, attributes.items())] if attributes else [head, name]
+    if one.events or one.dropped_events:
+        return _with_events(one, parts)
     if one.links:
-        parts += [link(each) for each in one.links]
+        parts += map(link, one.links)
     if one.error:
-        parts.append(field(0x7A, field(0x12, one.error.encode("utf-8", "replace")) + b"\x18\x02"))
-    if one.events:
-        # These are long: put together once.
-        return b"".join([b"\x12", number(sum(map(len, parts))), *parts])
+        parts.append(_error(one.error))
     body = b"".join(parts)
     size = len(body)
     return b"\x12" + (_SMALL[size] if size < 16384 else varint(size)) + body
+
+
+def _with_events(one: Span, parts: list[bytes]) -> bytes:
+    """The same of a span that may be long: not copied to put its length before it."""
+    parts.append(b"".join([each.wire or event(each) for each in one.events]))
+    if one.dropped_events:
+        parts.append(b"\x60" + number(one.dropped_events))
+    parts += map(link, one.links)
+    if one.error:
+        parts.append(_error(one.error))
+    return b"".join([b"\x12", number(sum(map(len, parts))), *parts])
+
+
+def _error(words: str) -> bytes:
+    """``Status`` with code ERROR as a field of the span."""
+    return field(0x7A, field(0x12, words.encode("utf-8", "replace")) + b"\x18\x02")
 
 
 def resource_spans(

@@ -189,11 +189,11 @@ class _Calls:
     def of(self, call: int) -> tuple[type[Event], int]:
         """Kind and row of a call."""
         row = int(self._order[call])
-        for cls, which, _, _ in self._columns:
-            if row < len(which):
-                break
-            row -= len(which)
-        return cls, row
+        place = 0
+        while row >= len(self._columns[place][1]):
+            row -= len(self._columns[place][1])
+            place += 1
+        return self._columns[place][0], row
 
     def put_back(self, kept: np.ndarray) -> None:
         """Counts of the calls, into the columns that they are from."""

@@ -24,7 +24,7 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.trace import REQUEST_LISTS, time_of
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import SUFFIX, TraceFile, TraceWriter
 
 ONCE = (EngineConfigured, BackendSelected)
 """What a process tells when it starts."""
@@ -170,23 +170,44 @@ def sources(folder: Path, steps: int) -> dict[str, Path]:
     return run | {"engine and worker, full": GOLD / "mixed.vtrace"}
 
 
-def measure(quick: bool, tell: Any = lambda text: None) -> list[dict[str, Any]]:
-    """All figures, as plain values."""
-    found = []
+LONG = 10_000_000
+"""Events of the longest trace, of which memory is the question."""
+
+
+def make(folder: Path, quick: bool) -> None:
+    """The traces of all sizes: ``<what it is>-<events>.vtrace``."""
     sizes = (100_000, 300_000) if quick else (100_000, 2_000_000)
+    with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as runs:
+        for label, source in sources(Path(runs), 300 if quick else 1500).items():
+            longer = () if quick or label != "scheduler, full" else (LONG,)
+            for size in (*sizes, *longer):
+                grown(source, size, folder / f"{label}-{size}{SUFFIX}")
+
+
+def measure(
+    quick: bool, tell: Any = lambda text: None, made: Path | None = None
+) -> list[dict[str, Any]]:
+    """All figures, as plain values; of the traces in ``made`` when they were made before."""
+    found = []
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
-        tell("recording runs for the exports")
-        for label, source in sources(Path(folder), 300 if quick else 1500).items():
-            for size in sizes:
-                big = grown(source, size, Path(folder) / "big.vtrace")
-                jobs = [("parquet", WORKER), ("parquet", WITHOUT_DERIVED)]
-                if size == sizes[0] or quick:
-                    jobs += [("json", WORKER), ("perfetto", WORKER)]
-                for name, worker in jobs:
-                    tell(f"{name} of {size:,} events, {label}")
-                    found.append(figure(name, label, big, worker).to_dict())
-                big.unlink()
+        if made is None:
+            tell("recording runs for the exports")
+            made = Path(folder)
+            make(made, quick)
+        for big in sorted(made.glob(f"*{SUFFIX}"), key=_label_and_size):
+            label, size = _label_and_size(big)
+            jobs = [("parquet", WORKER), ("parquet", WITHOUT_DERIVED)]
+            if size == 100_000 or quick:
+                jobs += [("json", WORKER), ("perfetto", WORKER)]
+            for name, worker in jobs[:1] if size == LONG else jobs:
+                tell(f"{name} of {size:,} events, {label}")
+                found.append(figure(name, label, big, worker).to_dict())
     return found
+
+
+def _label_and_size(path: Path) -> tuple[str, int]:
+    label, _, size = path.stem.rpartition("-")
+    return label, int(size)
 
 
 HEADS = ("to", "trace", "events", "events/s, one core", "peak memory", "bytes an event")
@@ -212,7 +233,7 @@ requests, steps and times of their own, written as a recorder writes them. CPU t
 reading included; imports and the loading of compiled functions are not: a small export before it does
 them. `events alone` is Parquet without `blocks`, `requests` and `steps`. Target: 1 M events/s to
 Parquet, memory that does not grow with the trace. Compiling for the first time on a machine takes
-some seconds more, once.
+some seconds more, once. With `--traces FOLDER` the traces are made by a first run and kept.
 """
 
 
@@ -242,7 +263,15 @@ def main() -> None:
 
     quick = "--quick" in sys.argv
     told = about() | {"command": " ".join(["python -m bench.export_tables", *sys.argv[1:]])}
-    found = measure(quick, lambda text: print(text, file=sys.stderr))
+    made = None
+    if "--traces" in sys.argv:
+        made = Path(sys.argv[sys.argv.index("--traces") + 1])
+        told["command"] = told["command"].replace(str(made), "FOLDER")
+        if not made.is_dir():
+            made.mkdir(parents=True)
+            make(made, quick)
+            return
+    found = measure(quick, lambda text: print(text, file=sys.stderr), made)
     write(found, told, ROOT / "reports" / "bench")
     for row in (HEADS, *rows(found)):
         print(" | ".join(row))

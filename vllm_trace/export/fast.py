@@ -25,13 +25,12 @@ from vllm_trace.events import (
     Event,
     RequestArrived,
     RequestSeen,
-    SlotsAllocated,
-    SlotsRefused,
     StepScheduled,
     StepUpdated,
 )
 from vllm_trace.export import columns
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
+from vllm_trace.export.kept import Calls, count_kept
 from vllm_trace.export.tables import HASHES, SCHEMAS, TUPLES, to_json
 from vllm_trace.export.tokenize import (
     BOOL,
@@ -41,7 +40,6 @@ from vllm_trace.export.tokenize import (
     NIL,
     NUMBER,
     TEXT,
-    count_kept,
     pick,
     pick_lists,
     pick_texts,
@@ -69,9 +67,6 @@ SHAPED = {
     for cls in EVENT_TYPES
 }
 """Kinds that can be picked out of tokens."""
-
-CALLS = (SlotsAllocated, SlotsRefused)
-"""What ``allocate_slots`` answered."""
 
 MOST_KNOWN = 10_000
 """Sampling parameters that are kept as JSON: most requests have those of another."""
@@ -170,40 +165,6 @@ class _Frame:
                 own["num_kept"] = pa.array(self.num_kept[cls])
             made[cls] = pa.record_batch([*places, *own.values()], schema=SCHEMAS[cls])
         return made
-
-
-class _Calls:
-    """The calls of ``allocate_slots`` in a frame, in their order."""
-
-    def __init__(self, frame: _Frame) -> None:
-        self._columns = [
-            (cls, *frame.rows[cls], frame.num_kept[cls]) for cls in CALLS if cls in frame.rows
-        ]
-        none = [np.zeros(0, np.int64)]
-        places = np.concatenate(none + [which for _, which, _, _ in self._columns])
-        self._order = np.argsort(places)
-        self.places = places[self._order]
-        requests = [own["request"].to_numpy() for _, _, own, _ in self._columns]
-        self.requests = np.concatenate(none + requests)[self._order]
-        self.kept = np.concatenate(none + [kept for *_, kept in self._columns])[self._order]
-
-    def of(self, call: int) -> tuple[type[Event], int]:
-        """Kind and row of a call."""
-        row = int(self._order[call])
-        for cls, which, _, _ in self._columns:
-            if row < len(which):
-                return cls, row
-            row -= len(which)
-        raise IndexError(call)
-
-    def put_back(self, kept: np.ndarray) -> None:
-        """Counts of the calls, into the columns that they are from."""
-        unsorted = np.empty_like(kept)
-        unsorted[self._order] = kept
-        begin = 0
-        for *_, column in self._columns:
-            column[:] = unsorted[begin : begin + len(column)]
-            begin += len(column)
 
 
 class _Reading:
@@ -529,7 +490,7 @@ class _Reading:
         carried, counts = self.uncounted, frame.num_kept
         if not carried and all(column.min() >= 0 for column in counts.values()):
             return
-        calls = _Calls(frame)
+        calls = Calls(frame.rows, frame.num_kept)
         places = np.concatenate([np.full(len(carried), -1), calls.places])
         requests = np.concatenate([[call[3] for call in carried], calls.requests]).astype(np.int64)
         kept = np.concatenate([np.full(len(carried), -1), calls.kept])

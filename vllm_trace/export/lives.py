@@ -24,6 +24,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.export.columns import Chunk
 from vllm_trace.export.steps import LATER, NONE, nullable, numbers, parts
+from vllm_trace.export.tenancies import WIDEST
 
 KINDS: dict[str, pa.DataType] = {
     name: pa.int64()
@@ -59,9 +60,6 @@ MOST_HELD = 65_536
 
 MOST_OUT = 65_536
 """Requests without an output yet, in steps whose results are out."""
-
-WIDEST = 1 << 22
-"""Range of request numbers that are looked up in a table."""
 
 
 def fold(ops, requests, tokens, outputs, low, table, rows, out, state, answers):

@@ -113,7 +113,7 @@ class Steps:
                 rows = np.zeros(0, np.int64)
                 if made is not None:
                     rows = np.flatnonzero(made[:, 1] == process)
-                if not len(rows):
+                if made is None or not len(rows):
                     self._before[name, process] = carried + len(at)
                     continue
                 found = np.bincount(np.searchsorted(made[rows, 0], at), minlength=len(rows) + 1)

@@ -67,6 +67,9 @@ SCHEMA = pa.schema(
 # What can happen, in the order in which it takes effect within one event.
 STARTED_ANEW, FREED, CALLED, GOT_HITS, GOT_NEW, GAVE_BACK, FATE, GOT_HASH, LOST_HASH = range(9)
 
+WIDEST = 1 << 22
+"""Range of request numbers that are looked up in a table."""
+
 OF_BLOCKS = (SlotsAllocated, BlocksFreed, BlocksCached, BlockEvicted)
 """Without one of these nobody has a block, as in a trace of level light."""
 
@@ -241,9 +244,10 @@ class _Pool:
         self.given = np.empty((0, 4), np.int64)
         self.closed = np.empty(0, np.int64)
         self.state = np.array([0, 0, 0, -1, -1], np.int64)
-        self.indices: dict[int, int] = {}
-        """Of the requests that live, in ``filled``."""
-        self.spare: list[int] = []
+        self.live = np.empty((2, 0), np.int64)
+        """Requests that live, and the index of each in ``filled``."""
+        self.spare = np.empty(0, np.int64)
+        """Indices of those that have finished."""
 
     def take(self, ops: np.ndarray, flat: np.ndarray) -> pa.RecordBatch:
         made = []
@@ -271,24 +275,35 @@ class _Pool:
             ops, flat, self.rows, self.links, self.free, self.heads, self.cached, self.filled,
             self.given, self.closed, self.state, out,
         )  # fmt: skip
-        for request in np.unique(ops[(ops[:, 0] == FATE) & (ops[:, 7] != 4), 4]).tolist():
-            index = self.indices.pop(request, None)
-            if index is not None:
-                self.filled[index] = 0
-                self.spare.append(index)
+        over = np.isin(self.live[0], ops[(ops[:, 0] == FATE) & (ops[:, 7] != 4), 4])
+        gone, self.live = self.live[1, over], self.live[:, ~over]
+        self.filled[gone] = 0
+        self.spare = np.concatenate([self.spare, gone])
         return out[:count]
 
     def _number_requests(self, ops: np.ndarray) -> None:
         """An index for each request that is named; those of finished ones are used again."""
-        unique, inverse = np.unique(ops[:, 4], return_inverse=True)
-        numbers = []
-        for request in unique.tolist():
-            index = self.indices.get(request)
-            if index is None:
-                index = self.spare.pop() if self.spare else len(self.indices)
-                self.indices[request] = index
-            numbers.append(index)
-        ops[:, 5] = np.array(numbers, np.int64)[inverse]
+        requests, (live, indices) = ops[:, 4], self.live
+        low, size = int(requests.min()), int(requests.max()) - int(requests.min()) + 1
+        if size > WIDEST:
+            every, ranks = np.unique(np.concatenate([live, requests]), return_inverse=True)
+            live, requests = ranks[: len(live)], ranks[len(live) :]
+            low, size = 0, len(every)
+        else:
+            every = None
+        table = np.full(size, -1)
+        inside = (live >= low) & (live < low + size)
+        table[live[inside] - low] = indices[inside]
+        named = np.zeros(size, bool)
+        named[requests - low] = True
+        new = np.flatnonzero(named & (table < 0))
+        used = len(self.spare) + len(live)
+        more = np.arange(used, used + max(len(new) - len(self.spare), 0))
+        spare = np.concatenate([self.spare, more])
+        table[new], self.spare = spare[: len(new)], spare[len(new) :]
+        ops[:, 5] = table[requests - low]
+        begun = new + low if every is None else every[new]
+        self.live = np.concatenate([self.live, [begun, table[new]]], axis=1)
 
     def _make_room(self, starts: int, highest: int, group: int, size: int) -> None:
         lacking = starts - int(self.state[0])
@@ -306,7 +321,8 @@ class _Pool:
         self.cached = _grown(self.cached, highest + 1)
         self.given = _grown(self.given, int(self.state[1]) + size)
         wide = max(group + 1, self.filled.shape[1])
-        filled = np.zeros((max(len(self.indices), len(self.filled)), wide), np.int64)
+        count = len(self.spare) + self.live.shape[1]
+        filled = np.zeros((max(count, len(self.filled)), wide), np.int64)
         filled[: len(self.filled), : self.filled.shape[1]] = self.filled
         self.filled = filled
 

@@ -185,46 +185,6 @@ def pick_texts(at, sizes, raw, values, made):
 
 
 @njit(cache=True)
-def count_kept(places, calls, kept, steps, offsets, requests, of_steps):
-    """Put in how many silent calls stood before each call that has -1, and in each step.
-
-    ``places`` and ``steps`` are events' numbers; ``calls`` whose call it was; ``requests`` from
-    ``offsets[i]`` to ``offsets[i + 1]`` are those of step ``i``. Returns the first call after all
-    steps.
-
-    Source: ``tracefile._count_kept``.
-    """
-    first = 0
-    for step in range(len(steps)):
-        last = first
-        while last < len(places) and places[last] < steps[step]:
-            last += 1
-        if of_steps[step] < 0:
-            begin, end = offsets[step], offsets[step + 1]
-            placed = np.zeros(end - begin, np.bool_)
-            others = np.zeros(last - first, np.bool_)
-            told = 0
-            for call in range(first, last):
-                if kept[call] >= 0:
-                    continue
-                place = begin
-                while place < end and requests[place] != calls[call]:
-                    place += 1
-                if place < end:
-                    kept[call] = place - begin - told
-                    placed[place - begin] = True
-                    told += 1
-                else:
-                    others[call - first] = True
-            of_steps[step] = end - begin - placed.sum()
-            for call in range(first, last):
-                if others[call - first]:
-                    kept[call] = of_steps[step]
-        first = last
-    return first
-
-
-@njit(cache=True)
 def sum_bytes(raw, begins, ends, made):
     """A checksum (FNV-1a) of each stretch of bytes."""
     for i in range(len(begins)):

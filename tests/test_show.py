@@ -150,6 +150,18 @@ def test_a_light_trace_has_no_map(tmp_path):
 # Filters ----------------------------------------------------------------------------------
 
 
+def test_pools_of_several_engines_are_not_shown_as_one(tmp_path):
+    write_trace(tmp_path, "engine", 1, [STORY])
+    write_trace(tmp_path, "engine", 2, [STORY])
+    with pytest.raises(UsageError, match="several engines") as raised:
+        text_of(read_trace(tmp_path), "blocks")
+    assert str(tmp_path / "engine-2.vtrace") in raised.value.hint
+    assert "2 engines (data parallel)" in " ".join(text_of(read_trace(tmp_path)).split())
+    assert "letter: held by a request" in text_of(
+        read_trace(tmp_path / "engine-2.vtrace"), "blocks"
+    )
+
+
 def test_steps_of_a_range_and_of_a_request(trace):
     assert [1, 2, 3, 4] == steps_in(text_of(trace, "steps"))
     assert [2, 3] == steps_in(text_of(trace, "steps", step="2-3"))

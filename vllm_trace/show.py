@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vllm_trace import render
 from vllm_trace.errors import UsageError, unknown
-from vllm_trace.events import KINDS, StepScheduled, StepUpdated, to_dict
+from vllm_trace.events import KINDS, EngineConfigured, StepScheduled, StepUpdated, to_dict
 from vllm_trace.state import KVState
 from vllm_trace.summary import Summary
 from vllm_trace.trace import REQUEST_LISTS, Record, Trace
@@ -263,7 +263,15 @@ def pool_columns(trace: Trace, wanted: Filter) -> Iterator[Column]:
         )
     state = KVState()
     named = _numbers_wanted(trace, wanted)
+    scheduler: int | None = None
     for record in trace.records():
+        if type(record.event) is EngineConfigured:
+            if scheduler not in (None, record.process):
+                raise UsageError(
+                    "this trace has several engines (data parallel), each with blocks of its own",
+                    hint=f"Show the file of one, such as {trace.path_of(record.process)}",
+                )
+            scheduler = record.process
         state.apply(record.event)
         if type(record.event) is StepScheduled and wanted.covers(record.event.step):
             yield column_of(state, record.event.step, named)

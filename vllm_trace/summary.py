@@ -201,7 +201,7 @@ class Summary:
         for record in trace.records():
             reading.take(record.process, record.event)
         made = reading.done()
-        made.problems = trace.problems
+        made.problems = [*trace.problems, *made.problems]
         return made
 
     @property
@@ -291,6 +291,7 @@ class _Reading:
         self.rows: dict[tuple[int, int, int], list[int]] = {}
         self.planned: dict[int, dict[int, list[list[int]]]] = {}
         self.workers: set[int] = set()
+        self.schedulers: set[int] = set()
 
     def take(self, process: int, event: Event) -> None:
         self.made.num_events += 1
@@ -310,6 +311,11 @@ class _Reading:
             row.mode = self.steps[row.step].mode if row.step in self.steps else ""
         made.kernels = sorted(self.kernels.values(), key=lambda k: -k.total_ns)
         made.num_workers = len(self.workers)
+        if len(self.schedulers) > 1:
+            made.problems.append(
+                f"{len(self.schedulers)} engines (data parallel) are added up here as if they were one:"
+                " look at the file of each for its steps and its pool"
+            )
         made.num_shared_blocks = len(self.shared)
         times: dict[tuple[str, str], list[float]] = {}
         for row in made.kernel_steps:
@@ -326,6 +332,7 @@ class _Reading:
         return made
 
     def _engine(self, process: int, event: EngineConfigured) -> None:
+        self.schedulers.add(process)
         self.made.engine = event.settings | {
             "block_size": event.block_size,
             "hash_block_size": event.hash_block_size,

@@ -75,6 +75,10 @@ class Trace:
             said.append(f"{who}: the probe of {hook} failed {times} times")
         return said
 
+    def path_of(self, process: int) -> Path:
+        """The file of one process, which is a trace by itself."""
+        return self.files[process].path
+
     def events(self) -> Iterator[Event]:
         """Every event, merged."""
         return (record.event for record in self.records())

@@ -6,6 +6,7 @@ docs/invariants.md.
 """
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -360,19 +361,11 @@ def refused_without_need(surgeon):
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     def make(allocate_slots):
-        def faulty(
-            self,
-            request,
-            num_new_tokens,
-            num_new_computed_tokens=0,
-            new_computed_blocks=None,
-            **more,
-        ):
+        @functools.wraps(allocate_slots)  # with the signature, which the probe reads
+        def faulty(self, request, *rest, **more):
             if request.num_computed_tokens > 60 and surgeon.once():
                 return None
-            return allocate_slots(
-                self, request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, **more
-            )
+            return allocate_slots(self, request, *rest, **more)
 
         return faulty
 

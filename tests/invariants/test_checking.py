@@ -17,7 +17,8 @@ from vllm_trace.events import (
     StepScheduled,
 )
 from vllm_trace.invariants import EventList, check, registry
-from vllm_trace.invariants.checking import check_all, exit_code
+from vllm_trace.invariants.checking import check_all
+from vllm_trace.invariants.judgements import exit_code
 from vllm_trace.invariants.registry import choose, describe
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import TraceFile, TraceWriter

@@ -189,7 +189,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from vllm_trace.invariants import checking, registry
+    from vllm_trace.invariants import checking, judgements, registry
 
     for path in arguments.load:
         registry.load(path)
@@ -200,7 +200,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({"schema": 1, "invariants": listed})
         else:
-            print(checking.catalogue(chosen))
+            print(judgements.catalogue(chosen))
         return 0
     if not arguments.traces:
         raise UsageError("check needs a trace", hint="vllm-trace check reports/preempt/latest")
@@ -209,4 +209,4 @@ def _check(arguments: argparse.Namespace) -> int:
         print_json({"schema": 1, "traces": [report.to_dict() for report in reports]})
     else:
         print("\n\n".join(report.text() for report in reports))
-    return checking.exit_code(reports)
+    return judgements.exit_code(reports)

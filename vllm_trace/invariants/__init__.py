@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_trace.invariants.books import Books
-    from vllm_trace.invariants.checking import EventList, Report, check
+    from vllm_trace.invariants.checking import check
+    from vllm_trace.invariants.judgements import Report
     from vllm_trace.invariants.registry import Invariant, Violation, invariant
+    from vllm_trace.invariants.sources import EventList
 
 __all__ = ["Books", "EventList", "Invariant", "Report", "Violation", "check", "invariant"]
 
 _WHERE = {
     "Books": "books",
-    "EventList": "checking",
-    "Report": "checking",
+    "EventList": "sources",
+    "Report": "judgements",
     "check": "checking",
     "Invariant": "registry",
     "Violation": "registry",

@@ -37,69 +37,16 @@ from vllm_trace.events import (
     StepUpdated,
     TableRowChanged,
 )
+from vllm_trace.invariants.plans import PLANS_KEPT, Plan, Table, WorkerRows
+from vllm_trace.invariants.pool import NULL_BLOCK, PoolBooks
 from vllm_trace.invariants.registry import Violation, version_of
 from vllm_trace.invariants.windows import PassedBlocks
-
-NULL_BLOCK = 0
-
-Table = list[list[int]]
-"""Block ids in logical order, per group. One object lives from admission to free."""
 
 WINDOWED = ("SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec")
 FULL = ("FullAttentionSpec", "MLAAttentionSpec", "UniformTypeKVCacheSpecs")
 
-PLANS_KEPT = 64
-"""Steps that may be planned and not executed yet; older plans are forgotten."""
 
-
-class Plan:
-    """What a step was planned to be; a worker executes it now or later."""
-
-    __slots__ = ("_counts", "_ends", "end_list", "event", "grown", "left", "requests")
-
-    def __init__(self, event: StepScheduled, ends: list[int], grown: set[int]) -> None:
-        self.event = event
-        self.requests = event.requests or []
-        """In the order of scheduling."""
-        self.end_list = ends
-        """Tokens of each that have KV after the step."""
-        self.grown = grown
-        """Requests that got blocks for this step."""
-        self.left: dict[int, Table] = {}
-        """Tables of requests that left since."""
-        self._ends: dict[int, int] | None = None
-        self._counts: dict[int, int] | None = None
-
-    @property
-    def ends(self) -> dict[int, int]:
-        """``end_list`` by request."""
-        if self._ends is None:
-            self._ends = dict(zip(self.requests, self.end_list))
-        return self._ends
-
-    @property
-    def counts(self) -> dict[int, int]:
-        """Tokens to compute, by request."""
-        if self._counts is None:
-            self._counts = dict(zip(self.requests, self.event.num_tokens or ()))
-        return self._counts
-
-
-class WorkerRows:
-    """The block table of one group as one worker's kernels received it."""
-
-    __slots__ = ("changed", "fresh", "lives", "rows")
-
-    def __init__(self) -> None:
-        self.rows: dict[int, list[int]] = {}
-        self.lives: dict[int, Table | None] = {}
-        """The manager's table that a row was last told for: another object is another life."""
-        self.changed: set[int] = set()
-        self.fresh: set[int] = set()
-        """Requests whose row changed between the last two ``slots.mapped``."""
-
-
-class Books:
+class Books(PoolBooks):
     """What the events so far add up to.
 
     While a rule looks at an event, ``number`` is the event's and ``process`` who told it.
@@ -158,21 +105,7 @@ class Books:
         """The last one scheduled."""
         self.scheduling = False
         """The next one is being scheduled now."""
-        self.last_pool_event = "the pool was made"
-
-        self.ref_cnts: dict[int, int] = {}
-        """Blocks with a count above zero, by our own counting; never the null block."""
-        self.held: dict[int, int] = {}
-        """How many places in tables hold a block."""
-        self.unbalanced: set[int] = set()
-        """Blocks whose reference count is not the number of places that hold them."""
-        self.taken_at: dict[int, tuple[int, int]] = {}
-        """(event, step) in which a block was last handed out."""
-        self.hashes: dict[int, tuple[int, ...]] = {}
-        """Hashes under which a block can be hit."""
-        self.evicted_at: dict[int, tuple[int, tuple[int, ...]]] = {}
-        """(event, hashes) of a block's last eviction."""
-
+        self.begin_pool()
         self.tables: dict[int, Table] = {}
         self.capacity: dict[int, int] = {}
         """Tokens that a request's tables have room for."""
@@ -191,7 +124,6 @@ class Books:
         self.freed: list[tuple[int, BlocksFreed]] = []
         """``blocks.freed`` that no ``request.freed`` has explained yet."""
         self.passed = PassedBlocks()
-        self._touched: set[int] = set()
         self._order: list[int] = []
         self._ends: list[int] = []
         self._behind = False
@@ -216,11 +148,6 @@ class Books:
     def num_blocks_of(self, request: int) -> int:
         """Blocks in the request's tables, null blocks not counted."""
         return sum(1 for row in self.tables.get(request, ()) for block in row if block)
-
-    @property
-    def num_used(self) -> int:
-        """Blocks that somebody holds; the null block is not one of them."""
-        return len(self.ref_cnts)
 
     def violation(
         self,
@@ -301,112 +228,6 @@ class Books:
     def planned_table(self, plan: Plan, request: int) -> Table | None:
         """The request's table in the life that was planned; it has only grown since."""
         return plan.left.get(request) or self.tables.get(request)
-
-    # The pool -------------------------------------------------------------------------
-
-    def blocks_taken(self, event: BlocksTaken) -> None:
-        self.scheduling = True
-        blocks, refs = event.blocks, self.ref_cnts
-        if self.windowed:
-            self.passed.forget(blocks)
-        at = (self.number, self.step + 1)
-        self.last_pool_event = "blocks.taken"
-        if (
-            refs.keys().isdisjoint(blocks)
-            and self.held.keys().isdisjoint(blocks)
-            and NULL_BLOCK not in blocks
-        ):
-            refs.update(dict.fromkeys(blocks, 1))
-            self.taken_at.update(dict.fromkeys(blocks, at))
-            self.unbalanced.update(blocks)
-            return
-        for block in filter(None, blocks):
-            refs[block] = refs.get(block, 0) + 1
-            self.taken_at[block] = at
-            self._weigh(block)
-
-    def blocks_touched(self, event: BlocksTouched) -> None:
-        self._set_counts(event)
-        if self.windowed:
-            self._touched.update(event.blocks)
-        self.last_pool_event = "blocks.touched"
-
-    def blocks_freed(self, event: BlocksFreed) -> None:
-        self._set_counts(event)
-        self.freed.append((self.number, event))
-        self.last_pool_event = "blocks.freed"
-
-    def _set_counts(self, event: BlocksTouched | BlocksFreed) -> None:
-        refs, blocks = self.ref_cnts, event.blocks
-        given_up = len(event.ref_cnts) == len(blocks) and not any(event.ref_cnts)
-        if given_up and [*map(self.held.get, blocks)].count(1) == len(blocks):
-            # A request that shares nothing gives back: each is held, and counts nothing from here on.
-            for block in blocks:
-                refs.pop(block, None)
-            self.unbalanced.update(blocks)
-            return
-        for block, count in zip(blocks, event.ref_cnts, strict=True):
-            if block:
-                if count > 0:
-                    refs[block] = count
-                else:
-                    refs.pop(block, None)
-                self._weigh(block)
-
-    def _weigh(self, block: int) -> None:
-        if self.ref_cnts.get(block, 0) == self.held.get(block, 0):
-            self.unbalanced.discard(block)
-        else:
-            self.unbalanced.add(block)
-
-    def _hold(self, block: int) -> None:
-        self.held[block] = self.held.get(block, 0) + 1
-        self._weigh(block)
-
-    def _hold_new(self, blocks: list[int]) -> None:
-        held = self.held
-        counts = [*map(self.ref_cnts.get, blocks)]
-        if counts.count(1) == len(counts) and held.keys().isdisjoint(blocks):
-            held.update(dict.fromkeys(blocks, 1))
-            self.unbalanced.difference_update(blocks)
-            return
-        for block in filter(None, blocks):
-            self._hold(block)
-
-    def _let_go(self, block: int) -> None:
-        left = self.held.get(block, 0) - 1
-        if left > 0:
-            self.held[block] = left
-        else:
-            self.held.pop(block, None)
-        self._weigh(block)
-
-    def _let_go_of(self, blocks: list[int]) -> None:
-        """The same for many, all at once where nobody else holds or counts any of them."""
-        held, refs = self.held, self.ref_cnts
-        if [*map(held.get, blocks)].count(1) == len(blocks) and refs.keys().isdisjoint(blocks):
-            for block in blocks:
-                del held[block]
-            self.unbalanced.difference_update(blocks)
-            return
-        for block in filter(None, blocks):
-            self._let_go(block)
-
-    def blocks_cached(self, event: BlocksCached) -> None:
-        hashes = self.hashes
-        for block, block_hash in zip(event.blocks, event.hashes, strict=True):
-            known = hashes.get(block, ())
-            if block_hash not in known:
-                hashes[block] = (*known, block_hash)
-
-    def block_evicted(self, event: BlockEvicted) -> None:
-        self.hashes.pop(event.block, None)
-        self.evicted_at[event.block] = (self.number, tuple(event.hashes))
-
-    def prefix_reset(self, event: PrefixCacheReset) -> None:
-        if event.ok:
-            self.hashes.clear()
-        self.last_pool_event = "prefix.reset"
 
     # Tables ---------------------------------------------------------------------------
 

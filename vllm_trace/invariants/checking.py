@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from textwrap import wrap
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
@@ -28,9 +27,11 @@ from vllm_trace.events import (
     SlotsRefused,
 )
 from vllm_trace.invariants.books import FIRST, HANDLERS, Books
+from vllm_trace.invariants.judgements import Judgement, Report, Unreadable, where
 from vllm_trace.invariants.registry import Invariant, Violation, choose
+from vllm_trace.invariants.sources import Source, batches, is_one_process
 from vllm_trace.invariants.story import concerns, describe
-from vllm_trace.trace import Record, Trace, read_trace
+from vllm_trace.trace import Record, read_trace
 
 STORY = 10
 """Events that are told before a violation."""
@@ -42,193 +43,6 @@ _IN_SCHEDULE = (
     PrefixLookedUp, BlocksTaken, BlocksTouched, BlockEvicted, SlotsAllocated, SlotsRefused,
     RequestPreempted,
 )  # fmt: skip
-
-
-class Source(Protocol):
-    """What ``check`` reads: a ``Trace``, or an ``EventList``."""
-
-    names: dict[int, str]
-
-    def records(self) -> Iterator[Record]: ...
-
-    @property
-    def header(self) -> dict[str, Any]: ...
-
-    @property
-    def level(self) -> str: ...
-
-    @property
-    def problems(self) -> list[str]: ...
-
-
-class EventList:
-    """Events at hand, as a trace: for tests of a rule, and of an engine without a model.
-
-    ``events`` are events, or ``(process, event)``; they are read again for a story.
-    """
-
-    def __init__(
-        self,
-        events: Sequence[Any],
-        header: dict[str, Any] | None = None,
-        problems: Sequence[str] = (),
-        names: dict[int, str] | None = None,
-    ) -> None:
-        self.given = events
-        self.header = header or {}
-        self.problems = list(problems)
-        self.names: dict[int, str] = dict(names or {})
-
-    @property
-    def level(self) -> str:
-        return str(self.header.get("level", "full"))
-
-    def records(self) -> Iterator[Record]:
-        for number, given in enumerate(self.given, 1):
-            process, event = given if type(given) is tuple else (0, given)
-            name = getattr(event, "request_id", None)
-            if name is not None:
-                self.names[event.request] = name
-            yield Record(number, process, event)
-
-
-@dataclass
-class Judgement:
-    """What became of one invariant on one trace."""
-
-    invariant: Invariant
-    status: str = "holds"
-    """``holds``, ``violated``, ``unjudged``, or ``raised`` (the rule itself failed)."""
-    violation: Violation | None = None
-    story: list[str] = field(default_factory=list)
-    reason: str = ""
-    """Why it was not judged."""
-    whole: bool = True
-    """False when the reason is that the trace is not the whole truth: that is no pass."""
-
-    def to_dict(self, names: dict[int, str]) -> dict[str, Any]:
-        made: dict[str, Any] = {
-            "id": self.invariant.id,
-            "sentence": self.invariant.sentence,
-            "status": self.status,
-        }
-        if self.reason:
-            made |= {"reason": self.reason, "whole": self.whole}
-        if self.violation is not None:
-            found = self.violation
-            made |= {
-                "event": found.event_number,
-                "step": found.step,
-                "request": None if found.request is None else names.get(found.request),
-                "block": found.block,
-                "message": found.message,
-                "story": self.story,
-            }
-        return made
-
-
-@dataclass
-class Report:
-    """Every invariant's judgement on one trace."""
-
-    trace: str
-    judgements: list[Judgement]
-    problems: list[str]
-    """What keeps the trace from being the whole truth."""
-    num_events: int
-    release: str
-    names: dict[int, str]
-
-    def of(self, status: str) -> list[Judgement]:
-        """The judgements of one status."""
-        return [each for each in self.judgements if each.status == status]
-
-    @property
-    def violations(self) -> list[Violation]:
-        """What was found, the first event first."""
-        found = [each.violation for each in self.of("violated") if each.violation is not None]
-        return sorted(found, key=lambda violation: violation.event_number)
-
-    @property
-    def incomplete(self) -> list[str]:
-        """Why this is no pass even if nothing was found: each reason once."""
-        reasons = [each.reason for each in self.judgements if each.reason and not each.whole]
-        return list(dict.fromkeys([*self.problems, *reasons]))
-
-    @property
-    def verdict(self) -> str:
-        """``clean``, ``violated`` or ``incomplete``."""
-        if self.of("violated"):
-            return "violated"
-        return "incomplete" if self.incomplete or self.of("raised") else "clean"
-
-    @property
-    def exit_code(self) -> int:
-        """0 clean, 1 something was found, 2 nothing was found but not all could be judged."""
-        return {"clean": 0, "violated": 1, "incomplete": 2}[self.verdict]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "trace": self.trace,
-            "verdict": self.verdict,
-            "num_events": self.num_events,
-            "vllm": self.release,
-            "problems": self.incomplete,
-            "invariants": [each.to_dict(self.names) for each in self.judgements],
-        }
-
-    def text(self, width: int = 80) -> str:
-        """For a terminal: what was found on top of everything."""
-        room = max((len(each.invariant.id) for each in self.judgements), default=0)
-        lines = [f"{self.trace}: {self.num_events} events, vLLM {self.release or 'unknown'}"]
-        for each in sorted(self.judgements, key=lambda each: each.status != "violated"):
-            said = _SAID[each.status]
-            head = f"  {said:<10}  {each.invariant.id.ljust(room)}  "
-            if each.violation is not None and each.status == "violated":
-                lines.append(f"{head}at {where(each.violation)}")
-                lines += _wrapped("    ", each.invariant.sentence, width)
-                lines += _wrapped("    ", each.violation.message, width)
-                for told in each.story:
-                    lines += _wrapped("      ", told, width)
-            else:
-                lines += _wrapped(head, each.reason or each.invariant.sentence, width)
-        counts = [
-            f"{len(self.of(status))} {_COUNTED[status]}" for status in _SAID if self.of(status)
-        ]
-        lines.append(f"{len(self.judgements)} invariants: {', '.join(counts)}")
-        if self.verdict == "incomplete":
-            lines.append("This is not a pass:")
-        for problem in self.incomplete:
-            lines += _wrapped("  ", problem, width)
-        return "\n".join(lines)
-
-
-_SAID = {
-    "violated": "VIOLATED", "holds": "holds", "unjudged": "not judged", "raised": "RAISED",
-}  # fmt: skip
-_COUNTED = {"violated": "violated", "holds": "hold", "unjudged": "not judged", "raised": "raised"}
-
-
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    """The text behind a head, further lines as far in as the text (or, of an event, a little)."""
-    indent = " " * (len(head) + (2 if len(head.split()) == 0 else 0))
-    return wrap(head + text, width, subsequent_indent=indent, break_long_words=False) or [head]
-
-
-@dataclass
-class Unreadable:
-    """A trace that could not be judged at all; the others are."""
-
-    trace: str
-    error: TraceError
-    exit_code = 2
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"trace": self.trace, "verdict": "unreadable", "error": str(self.error)}
-
-    def text(self, width: int = 80) -> str:
-        hint = f"\n  {self.error.hint}" if self.error.hint else ""
-        return f"{self.trace}: {self.error}{hint}"
 
 
 def check_all(paths: Iterable[Path], only: Iterable[str] = ()) -> list[Report | Unreadable]:
@@ -244,28 +58,6 @@ def check_all(paths: Iterable[Path], only: Iterable[str] = ()) -> list[Report | 
         except TraceError as error:
             made.append(Unreadable(str(path), error))
     return made
-
-
-def exit_code(reports: Iterable[Report | Unreadable]) -> int:
-    """Of several: 1 when any was violated, else the highest."""
-    codes = {report.exit_code for report in reports}
-    return 1 if 1 in codes else max(codes, default=0)
-
-
-def catalogue(invariants: Iterable[Invariant], width: int = 80) -> str:
-    """All rules, each with its sentence and what it is for."""
-    lines: list[str] = []
-    for one in invariants:
-        lines.append(f"{one.id}  (vLLM {one.releases or 'any'})")
-        for text in (one.sentence, one.doc, one.mutation and f"Fails when {one.mutation}."):
-            lines += _wrapped("    ", text, width) if text else []
-    return "\n".join(lines)
-
-
-def where(violation: Violation) -> str:
-    """``event 812, step 31``."""
-    step = "" if violation.step is None else f", step {violation.step}"
-    return f"event {violation.event_number}{step}"
 
 
 def check(
@@ -290,7 +82,7 @@ class _Engine:
     def __init__(self, judge: _Judge) -> None:
         self.judge = judge
         # A second reading finds all names again; of several processes, reading itself needs them.
-        kept = NAMES_KEPT if _is_one_process(judge.trace) else 1 << 62
+        kept = NAMES_KEPT if is_one_process(judge.trace) else 1 << 62
         self.books = Books(judge.trace.names, kept)
         self.plan: dict[type[Event], list[tuple[Any, Judgement | None]]] = {}
         self.rules: list[tuple[Judgement, Any]] = []
@@ -381,7 +173,7 @@ class _Judge:
 
     def run(self, label: str) -> Report:
         number, engines = 0, self.engines
-        for process, batch in _batches(self.trace):
+        for process, batch in batches(self.trace):
             for event in batch:
                 number += 1
                 kind = type(event)
@@ -588,20 +380,6 @@ class _Judge:
             ]
 
 
-def _is_one_process(trace: Source) -> bool:
-    return type(trace) is Trace and len(trace.files) == 1
-
-
-def _batches(trace: Source) -> Iterator[tuple[int, Iterable[Event]]]:
-    """(process, events) in the order of ``records``; whole batches where one process told all."""
-    if _is_one_process(trace):
-        for batch in trace.files[0].batches():
-            yield 0, batch
-    else:
-        for _, process, event in trace.records():
-            yield process, (event,)
-
-
 def _each(found: Any) -> Iterator[Any]:
     if isinstance(found, (str, Violation)):
         yield found
@@ -609,6 +387,3 @@ def _each(found: Any) -> Iterator[Any]:
         yield from found
     else:
         yield "it returned True instead of saying what is wrong"
-
-
-__all__ = ["EventList", "Judgement", "Report", "check", "where"]

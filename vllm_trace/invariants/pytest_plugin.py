@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vllm_trace.invariants.checking import Judgement, Report
+    from vllm_trace.invariants.judgements import Judgement, Report
     from vllm_trace.invariants.registry import Invariant
     from vllm_trace.trace import Trace
 
@@ -140,7 +140,7 @@ def unjudged_in_words(reasons: list[str]) -> str:
 
 def in_words(judgement: Judgement) -> str:
     """A failure as a reader wants it: the sentence, what broke it, the story."""
-    from vllm_trace.invariants.checking import where
+    from vllm_trace.invariants.judgements import where
 
     found = judgement.violation
     if found is None:

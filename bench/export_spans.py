@@ -8,6 +8,7 @@ pairs with the same traced step without one.
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import subprocess
@@ -82,7 +83,7 @@ START_S = 2.0
 
 
 @contextmanager
-def receiver() -> Iterator[str]:
+def receiver(cores: set[int]) -> Iterator[str]:
     """A gRPC receiver in a process of its own, so that its work is nobody's here."""
     code = (
         "import sys; sys.path.insert(0, '.')\n"
@@ -97,6 +98,7 @@ def receiver() -> Iterator[str]:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
+    os.sched_setaffinity(process.pid, cores)
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -113,12 +115,26 @@ class Streaming:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratio_error: float
+    """Standard error of the median."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def step_us(engine: Any, url: str) -> float:
+@contextmanager
+def pinned() -> Iterator[set[int]]:
+    """This process on one core; yields the cores for all others, the same ones if there is but one."""
+    before = os.sched_getaffinity(0)
+    own = {min(before)}
+    os.sched_setaffinity(0, own)
+    try:
+        yield (before - own) or own
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def step_us(engine: Any, url: str, others: set[int], start_s: float = START_S) -> float:
     """CPU time of one traced step in the engine's process, in microseconds."""
     from vllm_trace import hooks, sidecar
     from vllm_trace.options import Options
@@ -126,7 +142,9 @@ def step_us(engine: Any, url: str) -> float:
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
         hooks.attach(Options(dir=folder))
         beside = sidecar.start(Path(folder), url) if url else None
-        time.sleep(START_S if beside is not None else 0)
+        if beside is not None:
+            os.sched_setaffinity(beside.process.pid, others)
+        time.sleep(start_s)  # the arms without a sidecar too: a processor that slept is slower
         try:
             engine.fill()
             for _ in range(overhead.WARM_UP):
@@ -147,21 +165,25 @@ def streaming(rounds: int, tell: Callable[[str], None] = lambda text: None) -> l
 
     engine, rng = Engine(), random.Random(0)
     times: dict[str, list[tuple[float, float]]] = {}
-    with receiver() as url:
+    with pinned() as others, receiver(others) as url:
+        gone = "http://127.0.0.1:9"
         arms = {
-            "traced": "",
-            "traced again": "",
-            "--otlp": url,
-            "--otlp, nobody there": "http://127.0.0.1:9",
+            "traced": ("", START_S),
+            "traced again": ("", START_S),
+            "--otlp": (url, START_S),
+            "--otlp, nobody there": (gone, START_S),
+            "traced, at once": ("", 0.0),
+            "--otlp, while it starts": (url, 0.0),
         }
         for number in range(rounds):
             tell(f"streaming: round {number + 1} of {rounds}")
             order = [*arms]
             rng.shuffle(order)
             settle_heap()
-            taken = {arm: step_us(engine, arms[arm]) for arm in order}
+            taken = {arm: step_us(engine, arms[arm][0], others, arms[arm][1]) for arm in order}
             for arm, us in taken.items():
-                times.setdefault(arm, []).append((us, taken["traced"]))
+                base = "traced, at once" if arm.endswith("starts") else "traced"
+                times.setdefault(arm, []).append((us, taken[base]))
     engine.empty()
     return [_summary(arm, times[arm]).to_dict() for arm in arms]
 
@@ -170,7 +192,8 @@ def _summary(arm: str, pairs: list[tuple[float, float]]) -> Streaming:
     ratios = [us / base for us, base in pairs]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     us = statistics.median(us for us, _ in pairs)
-    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high)
+    error = (high - low) / 1.35 * 1.25 / len(pairs) ** 0.5  # as in ``overhead``
+    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high, error)
 
 
 def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -203,6 +226,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
     for arm in figures["streaming"][1:]:
         percent = [100 * (arm[key] - 1) for key in ("ratio", "ratio_low", "ratio_high")]
         text = "{:+.2f} % ({:+.2f} … {:+.2f} %) of a traced step".format(*percent)
+        text += f", error ± {100 * arm['ratio_error']:.2f} %, {arm['rounds']} rounds"
         made.append(
             (f"step: {arm['arm']}", text, "≤ 0.5 %" if "otlp" in arm["arm"] else "the noise")
         )

@@ -114,7 +114,7 @@ class PrefixHistory:
     def reset(self) -> None:
         """``reset_prefix_cache``: everything was forgotten."""
         story: Lost = ["reset", -1]
-        self.lost.update({key: story for key in self.cached})
+        self.lost.update(dict.fromkeys(self.cached, story))
         self.cached.clear()
         self.of_block.clear()
         self._forget()

@@ -3,12 +3,13 @@
 ``spans`` turns a recorded run of the real scheduler into OTLP protobuf in a fresh process, at two
 sizes: what memory it needs must not depend on them. ``streaming`` is the scheduler-only step with a
 sidecar that follows the trace and sends to a receiver, one that is there and one that is gone, in
-pairs with the same traced step without one.
+pairs with the same traced step while the sidecar is stopped.
 """
 
 from __future__ import annotations
 
-import random
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -74,15 +75,17 @@ def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, A
 
 # Streaming --------------------------------------------------------------------------------
 
-STEPS = 1000
-"""Timed ones: long enough for several looks at the files."""
+STEPS = 400
+"""In a stretch: the sidecar looks at the files every 0.2 s, or sooner after news."""
+
+PAIRS_PER_FILL = 2
 
 START_S = 2.0
 """A sidecar is up and waiting after this; an engine takes longer to start."""
 
 
 @contextmanager
-def receiver() -> Iterator[str]:
+def receiver(cores: set[int]) -> Iterator[str]:
     """A gRPC receiver in a process of its own, so that its work is nobody's here."""
     code = (
         "import sys; sys.path.insert(0, '.')\n"
@@ -97,6 +100,7 @@ def receiver() -> Iterator[str]:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
+    os.sched_setaffinity(process.pid, cores)
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -105,7 +109,7 @@ def receiver() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Streaming:
-    """A traced step with a sidecar, against the same without one. Ratios of CPU time in a round."""
+    """A traced step with a sidecar, against the same without one. Ratios of CPU time in a pair."""
 
     arm: str
     rounds: int
@@ -113,64 +117,96 @@ class Streaming:
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratio_error: float
+    """Standard error of the median."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def step_us(engine: Any, url: str) -> float:
-    """CPU time of one traced step in the engine's process, in microseconds."""
+@contextmanager
+def pinned() -> Iterator[set[int]]:
+    """This process on one core; yields the cores for all others, the same ones if there is but one."""
+    before = os.sched_getaffinity(0)
+    own = {min(before)}
+    os.sched_setaffinity(0, own)
+    try:
+        yield (before - own) or own
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def paired(engine: Any, url: str, others: set[int], pairs: int) -> list[tuple[float, float]]:
+    """CPU time of a traced step in µs, with the sidecar at work and with it stopped, in turn.
+
+    Stretches are short, so that a processor that gets slower or faster does it to both of a pair.
+    What grew while the sidecar was stopped it has to read when it goes on: it works twice as hard.
+    Without a URL nobody is there to be stopped: the noise.
+    """
     from vllm_trace import hooks, sidecar
     from vllm_trace.options import Options
 
+    found = []
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
         hooks.attach(Options(dir=folder))
         beside = sidecar.start(Path(folder), url) if url else None
-        time.sleep(START_S if beside is not None else 0)
-        try:
-            engine.fill()
-            for _ in range(overhead.WARM_UP):
-                engine.step()
+
+        def stretch(signal_number: int) -> float:
+            if beside is not None:
+                beside.process.send_signal(signal_number)
             began = time.process_time_ns()
             for _ in range(STEPS):
                 engine.step()
             return (time.process_time_ns() - began) / STEPS / 1000
+
+        try:
+            if beside is not None:
+                os.sched_setaffinity(beside.process.pid, others)
+                time.sleep(START_S)
+            for number in range(pairs):
+                if number % PAIRS_PER_FILL == 0:
+                    engine.fill()
+                    for _ in range(overhead.WARM_UP):
+                        engine.step()
+                order = [signal.SIGCONT, signal.SIGSTOP]
+                if (
+                    number + number // PAIRS_PER_FILL
+                ) % 2:  # each goes first as often, also in a fill
+                    order.reverse()
+                taken = {one: stretch(one) for one in order}
+                found.append((taken[signal.SIGCONT], taken[signal.SIGSTOP]))
+            return found
         finally:
             hooks.detach()
             if beside is not None:
                 beside.abandon()
 
 
-def streaming(rounds: int, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def streaming(pairs: int, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
     """What ``--otlp`` adds to a step, with a receiver and without."""
     from bench.engine import Engine, settle_heap
 
-    engine, rng = Engine(), random.Random(0)
-    times: dict[str, list[tuple[float, float]]] = {}
-    with receiver() as url:
-        arms = {
-            "traced": "",
-            "traced again": "",
-            "--otlp": url,
-            "--otlp, nobody there": "http://127.0.0.1:9",
-        }
-        for number in range(rounds):
-            tell(f"streaming: round {number + 1} of {rounds}")
-            order = [*arms]
-            rng.shuffle(order)
-            settle_heap()
-            taken = {arm: step_us(engine, arms[arm]) for arm in order}
-            for arm, us in taken.items():
-                times.setdefault(arm, []).append((us, taken["traced"]))
+    engine = Engine()
+    made = []
+    with pinned() as others, receiver(others) as url:
+        settle_heap()
+        for arm, target in (
+            ("nothing", ""),
+            ("--otlp", url),
+            ("--otlp, nobody there", "http://127.0.0.1:9"),
+        ):
+            tell(f"streaming: {arm}")
+            made.append(_summary(arm, paired(engine, target, others, pairs)).to_dict())
     engine.empty()
-    return [_summary(arm, times[arm]).to_dict() for arm in arms]
+    return made
 
 
 def _summary(arm: str, pairs: list[tuple[float, float]]) -> Streaming:
     ratios = [us / base for us, base in pairs]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     us = statistics.median(us for us, _ in pairs)
-    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high)
+    error = (high - low) / 1.35 * 1.25 / len(pairs) ** 0.5  # as in ``overhead``
+    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high, error)
 
 
 def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -185,7 +221,7 @@ def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dic
         tell("spans")
         counts = (50_000, 200_000) if quick else (100_000, 1_000_000)
         found = {"spans": spans(made, counts, Path(folder))}
-    return found | {"streaming": streaming(4 if quick else 12, tell)}
+    return found | {"streaming": streaming(60 if quick else 200, tell)}
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -200,9 +236,10 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             "the same",
         ),
     ]
-    for arm in figures["streaming"][1:]:
+    for arm in figures["streaming"]:
         percent = [100 * (arm[key] - 1) for key in ("ratio", "ratio_low", "ratio_high")]
         text = "{:+.2f} % ({:+.2f} … {:+.2f} %) of a traced step".format(*percent)
+        text += f", error ± {100 * arm['ratio_error']:.2f} %, {arm['rounds']} pairs"
         made.append(
             (f"step: {arm['arm']}", text, "≤ 0.5 %" if "otlp" in arm["arm"] else "the noise")
         )

@@ -345,7 +345,7 @@ class Engine:
 
     def updated(self, event: StepUpdated) -> None:
         end = self.last_ns = event.started_ns + event.dur_ns
-        step = self.step(event.step)
+        step = self.steps.get(event.step) or self.step(event.step)
         step.updated = event
         counts = event.num_output_tokens
         place = self.in_flight.pop(event.step, None)

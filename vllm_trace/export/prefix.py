@@ -113,7 +113,8 @@ class PrefixHistory:
 
     def reset(self) -> None:
         """``reset_prefix_cache``: everything was forgotten."""
-        self.lost.update(dict.fromkeys(self.cached, ["reset", -1]))
+        story: Lost = ["reset", -1]
+        self.lost.update(dict.fromkeys(self.cached, story))
         self.cached.clear()
         self.of_block.clear()
         self._forget()

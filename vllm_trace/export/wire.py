@@ -126,7 +126,7 @@ class _Attributes(dict[tuple[str, Any], bytes]):
         elif kind is tuple:
             made = field(self.tag, key + field(0x12, field(0x2A, _list(value))))
             if len(value) > 1:
-                return made
+                return made  # hardly ever the same again
         else:
             made = field(self.tag, key + field(0x12, any_value(value)))
         if len(self) > _MAX_KNOWN:
@@ -190,9 +190,7 @@ def span(one: Span) -> bytes:
             _TRACE_ID, one.trace_id, _SPAN_ID, one.span_id,
             _LOCAL, one.start_ns & _U64, _END, one.end_ns & _U64,
         )  # fmt: skip
-    name = _NAMES[one.kind][one.name]
-    attributes = one.attributes
-    parts = [head, name, *map(_span_attribute, attributes.items())] if attributes else [head, name]
+    parts = [head, _NAMES[one.kind][one.name], *map(_span_attribute, one.attributes.items())]
     if one.events or one.dropped_events:
         return _with_events(one, parts)
     if one.links:

@@ -46,7 +46,9 @@ class Bend:
         if self.alibi_slopes is None and not self.causal and not self.sliding_window:
             return found
         distance = torch.arange(start, start + len(keys), device=own.device) - own[:, None]
-        by_head = found.view(-1, *distance.shape)  # [num_heads, num_tokens, num_keys], the same memory
+        by_head = found.view(
+            -1, *distance.shape
+        )  # [num_heads, num_tokens, num_keys], the same memory
         if self.alibi_slopes is not None:
             by_head += self.alibi_slopes.to(found)[:, None, None] * distance
         if self.causal:

@@ -18,7 +18,7 @@ PLANS = {
     "one share": Plan(16, shares=1),
     "more sequences than shares": Plan(16, shares=3),
     "more shares than sequences": Plan(16, shares=11, pieces=2),
-    "more shares than tiles": Plan(32, shares=64),
+    "more shares than tiles": Plan(32, shares=20),
     "a program for each tile": Plan(16, chunk=1, stages=0),
     "splits of several tiles": Plan(16, chunk=3, pieces=2),
     "whole": Plan(32),
@@ -43,7 +43,7 @@ def check(case, name="V2", **more):
 def test_every_cut(name, window):
     """Lengths that are alike, and lengths of which no two are; what no share or split holds is not waited for."""
     for lengths in ((70, 70, 70), (0, 1, 15, 16, 17, 33, 130), (0, 0), (200,)):
-        check(Case(lengths=lengths, sliding_window=window, head_size=32), name)
+        check(Case(lengths=lengths, sliding_window=window, head_size=32, heads=(4, 2)), name)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -60,7 +60,7 @@ def test_head_sizes(head_size):
 
 @pytest.mark.parametrize("block_size", [8, 16, 24, 32, 64, 128, 256])
 def test_block_sizes(block_size):
-    borders = (block_size - 1, block_size, block_size + 1, 2 * block_size)
+    borders = (block_size - 1, block_size, block_size + 1)
     for name in ("V1", "V2", "splits of several tiles"):
         check(Case(block_size=block_size, lengths=borders, heads=(4, 2), head_size=32), name)
 

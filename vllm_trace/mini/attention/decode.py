@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import Scale, collect_keys, collect_values, size_of
-from .logits import Bend, weighted_sum
+from .layouts import Scale, collect_keys, collect_values, kv_heads_of, size_of
+from .logits import Bend, by_token, weighted_sum
 from .support import check_shapes, check_tables
 
 PARTITION_SIZE = 512  # tokens that one V2 partition covers
-WALK = 256  # tokens that V1 collects at a time: a matter of speed only
+WALK = 512  # tokens that V1 collects at a time: a matter of speed only
 MAX_V1_SEQ_LEN = 8192  # V1 keeps all logits of a sequence in shared memory, which ends here
 
 
@@ -78,28 +78,32 @@ def paged_attention_v1(
     """All logits of a sequence first, one softmax over them, then the weighted sum.
 
     The CUDA kernel runs the loop's body once for each sequence and head; here a body does all heads of a sequence. Both
-    walks over the cache go 256 tokens at a time, so that what is collected stays in a CPU's cache.
+    walks over the cache go 512 tokens at a time, so that what is collected stays in a CPU's cache.
     """
     if validate:
         _check(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
     bend = Bend(scale, alibi_slopes, sliding_window, softcap, causal=False)  # nothing lies behind
     out = torch.empty_like(query) if out is None else out
+    num_kv_heads = kv_heads_of(key_cache, layout)
     for seq, length in enumerate(seq_lens[: len(query)].tolist()):
         own, table = seq_lens.new_tensor([length - 1]), block_tables[seq]
         first = bend.first_key(length - 1)
         parts = _parts(first, length, WALK)
-        logits = query.new_empty((query.shape[1], 1, length - first), dtype=torch.float32)
+        rows = bend.rows(query[seq, None], num_kv_heads)
+        logits = rows.new_empty((*rows.shape[:2], length - first))
+        # No name for what is collected: its memory is free, and still in a CPU's cache, when the next walk takes it.
         for start, end in parts:
-            keys = collect_keys(key_cache, table, start, end, k_scale, layout)
             logits[..., start - first : end - first] = bend.logits(
-                query[seq, None], keys, own, start
+                rows, collect_keys(key_cache, table, start, end, k_scale, layout), own, start
             )
         weights = torch.softmax(logits, dim=-1)
-        total = torch.zeros(query.shape[1:], dtype=torch.float32, device=query.device)
+        total = torch.zeros_like(rows)
         for start, end in parts:
-            values = collect_values(value_cache, table, start, end, v_scale, layout)
-            total += weighted_sum(weights[..., start - first : end - first], values)[0]
-        out[seq] = total  # of no tokens: zeros
+            total += weighted_sum(
+                weights[..., start - first : end - first],
+                collect_values(value_cache, table, start, end, v_scale, layout),
+            )
+        out[seq] = by_token(total, 1)[0]  # of no tokens: zeros
     return out
 
 
@@ -143,19 +147,24 @@ def paged_attention_v2(
     exp_sums = query.new_zeros((num_seqs, num_heads, num_partitions), dtype=torch.float32)
     max_logits = torch.full_like(exp_sums, -torch.inf)  # a partition without tokens gets no weight
     tmp_out = exp_sums.new_zeros((num_seqs, num_heads, num_partitions, head_size))
+    num_kv_heads = kv_heads_of(key_cache, layout)
     for seq, length in enumerate(lengths):
         own, table = seq_lens.new_tensor([length - 1]), block_tables[seq]
+        rows = bend.rows(query[seq, None], num_kv_heads)
         for start, end in _parts(bend.first_key(length - 1), length, PARTITION_SIZE):
             part = start // PARTITION_SIZE
-            keys = collect_keys(key_cache, table, start, end, k_scale, layout)
-            logits = bend.logits(query[seq, None], keys, own, start)
-            values = collect_values(value_cache, table, start, end, v_scale, layout)
+            logits = bend.logits(
+                rows, collect_keys(key_cache, table, start, end, k_scale, layout), own, start
+            )
             largest = logits.amax(dim=-1, keepdim=True)
             weights = torch.exp(logits - largest)
             total = weights.sum(dim=-1, keepdim=True)
-            max_logits[seq, :, part] = largest[:, 0, 0]
-            exp_sums[seq, :, part] = total[:, 0, 0]
-            tmp_out[seq, :, part] = weighted_sum(weights / total, values)[0]
+            found = weighted_sum(
+                weights / total, collect_values(value_cache, table, start, end, v_scale, layout)
+            )
+            tmp_out[seq, :, part] = by_token(found, 1)[0]
+            max_logits[seq, :, part] = largest.flatten()
+            exp_sums[seq, :, part] = total.flatten()
     reduced = paged_attention_v2_reduce(exp_sums, max_logits, tmp_out)
     return reduced.to(query.dtype) if out is None else out.copy_(reduced)
 

@@ -28,6 +28,10 @@ def size_of(key_cache: Tensor, layout: str) -> tuple[int, int]:
     return tuple(key_cache.permute(ORDER[layout]).shape[:2])
 
 
+def kv_heads_of(key_cache: Tensor, layout: str) -> int:
+    return key_cache.shape[1 if layout == "split" else ORDER[layout][2]]
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The same memory for indexing: float8 as uint8 (torch does not index float8), everything else as it is."""
     return tensor.view(uint8) if tensor.dtype.itemsize == 1 else tensor

@@ -26,34 +26,45 @@ class Bend:
         """The first position that a token at `position` sees."""
         return max(0, position + 1 - self.sliding_window) if self.sliding_window else 0
 
-    def logits(self, query: Tensor, keys: Tensor, own: Tensor, start: int) -> Tensor:
-        """Logits of queries at the positions `own` over keys at `start` and behind; -inf where a key is not seen.
+    def rows(self, query: Tensor, num_kv_heads: int) -> Tensor:
+        """Scaled queries as one matrix for each KV head: all that read the same keys are its rows.
 
-        Shapes: `query [num_tokens, num_heads, head_size]`, `keys [num_keys, num_kv_heads, head_size]`, `own
-        [num_tokens]`, returns `[num_heads, num_tokens, num_keys]`, float32.
+        Shapes: `query [num_tokens, num_heads, head_size]`, returns `[num_kv_heads, group * num_tokens, head_size]`.
         """
-        num_tokens, num_heads, _ = query.shape
-        num_kv_heads = keys.shape[1]
-        # The query heads of a group are rows of one matrix: [kv heads, tokens * group, head size] @ keys.
-        grouped = query.float().mul(self.scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-        found = grouped.flatten(1, 2) @ keys.permute(1, 2, 0)
-        found = found.view(num_heads, num_tokens, len(keys))
+        grouped = query.float().mul(self.scale).unflatten(1, (num_kv_heads, -1))
+        return grouped.permute(1, 2, 0, 3).flatten(1, 2)
+
+    def logits(self, rows: Tensor, keys: Tensor, own: Tensor, start: int) -> Tensor:
+        """Logits of `rows`, queries at the positions `own`, over keys at `start` and behind; -inf where not seen.
+
+        Shapes: `keys [num_keys, num_kv_heads, head_size]`, `own [num_tokens]`, returns
+        `[num_kv_heads, group * num_tokens, num_keys]`, float32.
+        """
+        found = rows @ keys.permute(1, 2, 0)
         if self.softcap:
             found = self.softcap * torch.tanh(found / self.softcap)
         if self.alibi_slopes is None and not self.causal and not self.sliding_window:
             return found
         distance = torch.arange(start, start + len(keys), device=own.device) - own[:, None]
+        by_head = found.view(
+            -1, *distance.shape
+        )  # [num_heads, num_tokens, num_keys], the same memory
         if self.alibi_slopes is not None:
-            found = found + self.alibi_slopes.to(found)[:, None, None] * distance
+            by_head += self.alibi_slopes.to(found)[:, None, None] * distance
         if self.causal:
-            found = found.masked_fill_(distance > 0, -torch.inf)
+            by_head.masked_fill_(distance > 0, -torch.inf)
         if self.sliding_window:
-            found = found.masked_fill_(distance <= -self.sliding_window, -torch.inf)
+            by_head.masked_fill_(distance <= -self.sliding_window, -torch.inf)
         return found
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """Shapes: `weights [num_heads, num_tokens, num_keys]`, returns `[num_tokens, num_heads, head_size]`."""
-    num_heads, num_tokens, num_keys = weights.shape
-    grouped = weights.reshape(values.shape[1], -1, num_keys)
-    return (grouped @ values.transpose(0, 1)).view(num_heads, num_tokens, -1).transpose(0, 1)
+    """Shapes: `weights [num_kv_heads, rows, num_keys]`, `values [num_keys, num_kv_heads, head_size]`, returns
+    `[num_kv_heads, rows, head_size]`.
+    """
+    return weights @ values.transpose(0, 1)
+
+
+def by_token(rows: Tensor, num_tokens: int) -> Tensor:
+    """The way back from `Bend.rows`: `[num_tokens, num_heads, head_size]`."""
+    return rows.reshape(-1, num_tokens, rows.shape[2]).transpose(0, 1)

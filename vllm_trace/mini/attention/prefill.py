@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layouts import Scale, collect_keys, collect_values, size_of
-from .logits import Bend, weighted_sum
+from .logits import Bend, by_token, weighted_sum
 from .support import check_shapes, check_tables
 
 
@@ -61,8 +61,9 @@ def context_attention_fwd(
         first = bend.first_key(length - (end - begin))
         keys = collect_keys(key_cache, block_tables[seq], first, length, k_scale, layout)
         values = collect_values(value_cache, block_tables[seq], first, length, v_scale, layout)
-        weights = torch.softmax(bend.logits(query[begin:end], keys, own, first), dim=-1)
-        out[begin:end] = weighted_sum(weights, values)
+        rows = bend.rows(query[begin:end], keys.shape[1])
+        weights = torch.softmax(bend.logits(rows, keys, own, first), dim=-1)
+        out[begin:end] = by_token(weighted_sum(weights, values), len(own))
     return out
 
 

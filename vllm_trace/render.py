@@ -354,7 +354,11 @@ def rule(summary: Summary) -> list[str]:
             f"PagedAttention's rule took V1 in {found.num_v1} and V2 in {found.num_v2} decode steps"
         ]
         word = "changed"
-    for step, before, after, reason in shorten(found.changes, 6):
+    for change in shorten(found.changes, 6):
+        if change is None:
+            said.append("  …")
+            continue
+        step, before, after, reason = change
         said.append(f"  {word} from {before} to {after} at step {step}: {reason}")
     return said
 

@@ -244,8 +244,8 @@ def test_space_plays_and_pauses(gold, browse):
     assert here == seen.step
     # To the end, where it stops by itself.
     seen.page.locator("#play").click()
-    seen.until("document.getElementById('play').getAttribute('aria-pressed') === 'false'")
-    assert seen.text("#where").startswith("The end")
+    seen.until("document.getElementById('where').textContent.startsWith('The end')")
+    assert "false" == seen.page.get_attribute("#play", "aria-pressed")
 
 
 def test_every_figure_opens_by_keys_and_has_an_address(gold, browse):

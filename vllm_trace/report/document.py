@@ -42,6 +42,7 @@ def document(trace: Salvaged, asked: Asked) -> tuple[dict[str, Any], list[bytes]
             tokens.take(record.event)
     frames.close()
     bodies.close()
+    problems = trace.problems  # of a reading to the end; the readers below may stop before
     notes = _notes(trace, asked, frames, bodies)
     invariants = _checked(trace, asked)
     replays = _replayed(trace, asked)
@@ -59,7 +60,7 @@ def document(trace: Salvaged, asked: Asked) -> tuple[dict[str, Any], list[bytes]
         "processes": [
             f"{file.header.get('role')}-{file.header.get('pid')}" for file in trace.files
         ],
-        "problems": [*trace.problems, *notes],
+        "problems": [*problems, *notes],
         "engine": _engine(summary),
         "groups": summary.groups,
         "backends": summary.backends,

@@ -9,7 +9,7 @@ from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import Record, Trace, read_trace
-from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracefile import TraceFile, TraceWriter
 
 GOLD = sorted((Path(__file__).parent / "gold").glob("*.vtrace"))
 
@@ -172,6 +172,21 @@ def test_a_silent_call_that_should_have_filled_a_block_is_found():
     result = replay(Tampered("long", lost), "manager")
     assert result.divergence is not None
     assert "16 blocks are full, 15 hashes known" in result.divergence.mini
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_calls_that_the_end_of_the_file_cuts_are_no_divergence(mode, tmp_path):
+    """Batches need not end with a step: the last events may be half a call."""
+    whole = read_trace(Path(__file__).parent / "gold" / "mixed.vtrace")
+    events = list(whole.events())
+    for number, length in enumerate(range(2900, 2960, 7)):
+        path = tmp_path / f"{number}.vtrace"
+        writer = TraceWriter(path, whole.header)
+        writer.write(events[:length])
+        writer.close({"ended": "killed"})
+        result = replay(read_trace(path), mode)
+        assert result.divergence is None and result.not_judged
+        assert length - 60 < result.num_consumed <= length
 
 
 def test_a_truncated_trace_is_not_a_pass(tmp_path):

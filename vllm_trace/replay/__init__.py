@@ -27,7 +27,7 @@ from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.engine import EngineReplay
 from vllm_trace.replay.engines import Engines
 from vllm_trace.replay.manager import ManagerReplay
-from vllm_trace.replay.segments import COMPARED_OF_WORKERS, OF_WORKERS, Segment, segments
+from vllm_trace.replay.segments import COMPARED_OF_WORKERS, ENDS, OF_WORKERS, Segment, segments
 from vllm_trace.trace import Trace
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
@@ -90,6 +90,8 @@ def replay(trace: Trace, mode: str) -> Replayed:
         elif kind is BackendSelected:
             # Chosen before there is an engine; kept for people, not compared.
             result.num_consumed += 1
+        elif _is_torn(segment, trace):
+            continue
         elif judging and engines:
             driver = engines.of(segment)
             if driver is not None:
@@ -108,6 +110,13 @@ def replay(trace: Trace, mode: str) -> Replayed:
     result.not_judged += _missing_workers(trace, engines.all)
     result.not_judged += trace.problems
     return result
+
+
+def _is_torn(segment: Segment, trace: Trace) -> bool:
+    """The last calls of a process whose file ends within them: what they came to is not known."""
+    last = type(segment.events[-1])
+    of_a_worker = len(segment.events) == 1 and last in OF_WORKERS
+    return last not in ENDS and not of_a_worker and bool(trace.files[segment.process].truncated)
 
 
 def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> None:

@@ -175,7 +175,7 @@ def one_run(
     """Run, read, judge by all invariants, replay."""
     from vllm_trace import runner, scenario
     from vllm_trace.cli.traces import replay_all
-    from vllm_trace.invariants import checking
+    from vllm_trace.invariants import checking, judgements
     from vllm_trace.record import close_files
     from vllm_trace.summary import Summary
     from vllm_trace.trace import read_trace
@@ -218,7 +218,7 @@ def one_run(
             m: [len(t), statistics.median(t)] for m, t in summary.replayed_ns.items()
         },
         "invariants": report.text().splitlines()[-1] if report.text() else "",
-        "invariants_exit": checking.exit_code([report]),
+        "invariants_exit": judgements.exit_code([report]),
         "replay": [
             {"mode": r.mode, "passed": r.passed, "verdict": r.to_dict().get("verdict")}
             for r in replays

@@ -6,7 +6,7 @@ from helpers import run_cli
 
 from vllm_trace.errors import UsageError
 from vllm_trace.events import AttentionCalled, AttentionPlanned, BackendSelected, SlotsMapped
-from vllm_trace.invariants import checking
+from vllm_trace.invariants import checking, judgements
 from vllm_trace.replay import MODES, replay
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
@@ -73,7 +73,7 @@ def test_greedy_tokens_are_those_of_the_engines_own_attention_at_the_same_block_
 def test_its_traces_hold_every_invariant_and_replay_identically(name):
     _, folder = worked(name, "paged")
     (report,) = checking.check_all([folder], [])
-    assert 0 == checking.exit_code([report]), report.text()
+    assert 0 == judgements.exit_code([report]), report.text()
     for mode in MODES:
         assert replay(read_trace(folder), mode).passed
 

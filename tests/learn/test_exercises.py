@@ -279,13 +279,13 @@ def test_the_fault_is_another_for_another_reader(progress, tmp_path):
 
 
 def test_the_faulty_trace_is_one_that_check_rejects(progress, tmp_path):
-    from vllm_trace.invariants import checking
+    from vllm_trace.invariants import checking, judgements
 
     path = faults.write(tmp_path / "ex9.vtrace", 7)
     _, number = faults.inject(faults.clean("batch"), 7)
     assert read_trace(path).problems == []
     (report,) = checking.check_all([path], [])
-    assert 1 == checking.exit_code([report])
+    assert 1 == judgements.exit_code([report])
     assert f"event {number}" in report.text()
 
 

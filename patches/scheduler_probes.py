@@ -238,7 +238,13 @@ def prefix_looked_up(
     )
 
 
-@probe()
+@probe(
+    otherwise={  # since 0.32
+        "full_sequence_must_fit": False,
+        "reserved_blocks": 0,
+        "has_scheduled_reqs": False,
+    }
+)
 def allocate_slots(
     append,
     numbers,

@@ -309,3 +309,14 @@ def test_a_probe_that_returns_is_an_error_because_its_body_is_pasted(fake):
             )
         )
     assert [0] == fake.cls("BlockPool")(1).get_new_blocks(1)
+
+
+def test_a_parameter_that_this_release_does_not_have_stands_for_what_the_probe_says(fake):
+    @probe(otherwise={"num_blocks": 99, "since_later": 7})
+    def read(append, result, num_blocks, since_later):
+        append(BlocksTaken([num_blocks, since_later, *result]))
+
+    assert () == read.reads, "its absence makes no row incompatible"
+    fake.install(hook(f"{POOL}.get_new_blocks", read))
+    fake.cls("BlockPool")(8).get_new_blocks(2)
+    assert [BlocksTaken([2, 7, 0, 1])] == list(fake.events())

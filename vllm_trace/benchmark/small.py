@@ -61,8 +61,8 @@ class _Cache:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Put `key` and `value [num_tokens, …]` where `slots [num_tokens]` says."""
         keys, values = self.layers[layer]
-        keys[slots] = key
-        values[slots] = value
+        keys[slots] = key.to(keys.dtype)
+        values[slots] = value.to(values.dtype)
 
 
 class ContiguousCache(_Cache):
@@ -323,7 +323,8 @@ class _Attention:
         self.cache.write(layer, self.slots, key, value)
         n, parts = self.num_decodes, []
         if n:
-            keys, values = self.cache.read(layer, self.place, self.count, self.longest)
+            stored = self.cache.read(layer, self.place, self.count, self.longest)
+            keys, values = (t.to(query.dtype) for t in stored)
             queries = query.new_zeros((self.count, *query.shape[1:]))
             queries[self.rows] = query[:n]
             out = attention(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -42,6 +42,8 @@ class Probe:
     """Returns a value that must be read before the call; the probe takes it as ``seen``."""
     as_list: tuple[str, ...] = ()
     """Parameters that may be iterators: made lists before the call, so both can read them."""
+    otherwise: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Parameters that some releases do not have, and what they stand for there."""
     flush: bool = False
     """The call ends a step: the recorder writes what is pending."""
 
@@ -58,7 +60,9 @@ class Probe:
         """Parameters of the hooked function that must be there."""
         before = tuple(inspect.signature(self.before).parameters) if self.before else ()
         names = (*self.parameters, *before, *self.as_list)
-        return tuple(dict.fromkeys(n for n in names if n not in PROVIDED))
+        return tuple(
+            dict.fromkeys(n for n in names if n not in PROVIDED and n not in self.otherwise)
+        )
 
     @property
     def timed(self) -> bool:

@@ -52,6 +52,7 @@ def make_wrapper(
     if taken:
         raise HookError(f"{original.__qualname__} has a parameter named {taken.pop()!r}")
     namespace: dict[str, Any] = dict(probe.function.__globals__)
+    namespace |= {n: v for n, v in probe.otherwise.items() if n not in signature.parameters}
     namespace |= {
         "_original": original,
         "recorder": recorder,

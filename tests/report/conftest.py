@@ -37,9 +37,10 @@ def gold(tmp_path_factory):
     return report_of
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A browser for the whole session."""
+    """A browser. Of a module, for while it is open Playwright's event loop runs in this thread, and tests of
+    others that call ``asyncio.run`` could not."""
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="Playwright is not installed: the report was not looked at"
     )

@@ -129,7 +129,8 @@ class LlamaForCausalLM:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn dimension i together with dimension i + head_size / 2, so that a product depends on the distance only."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)  # angles are float32
 
 
 class OPTForCausalLM:

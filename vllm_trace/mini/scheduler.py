@@ -29,6 +29,9 @@ from .kv_cache_manager import KVCacheManager
 from .request import Request, RequestStatus
 
 
+POLICIES = ("fcfs", "priority")
+
+
 @dataclass(frozen=True)
 class SchedulerConfig:
     """vLLM's options of the same names. Units: tokens, except `max_num_seqs` (requests)."""
@@ -43,8 +46,8 @@ class SchedulerConfig:
     async_scheduling: bool = False
 
     def __post_init__(self):
-        if self.policy not in ("fcfs", "priority"):
-            raise ValueError(f"unknown scheduling policy {self.policy!r}: fcfs or priority")
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {self.policy!r}: {' or '.join(POLICIES)}")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from vllm_trace.divergence import Divergence, describe
 from vllm_trace.errors import TraceError
 from vllm_trace.events import BackendSelected, EngineConfigured
 from vllm_trace.mini.rules import rules_for
+from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.engine import EngineReplay
 from vllm_trace.replay.engines import Engines
@@ -83,7 +84,7 @@ def replay(trace: Trace, mode: str) -> Replayed:
         judging = not result.not_judged and not result.divergence
         if kind is EngineConfigured and judging:
             config: Any = segment.events[0]
-            result.not_judged += _unfollowed(config, trace)
+            result.not_judged += _unfollowed(config, trace, DRIVERS[mode])
             if not result.not_judged:
                 engines.begin(segment.process, DRIVERS[mode](config, trace))
                 result.num_consumed += 1
@@ -124,16 +125,23 @@ def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> No
     try:
         driver.take(segment)
     except Diverged as difference:
-        result.divergence = describe(difference, driver.manager, trace)
+        result.divergence = _describe(difference, driver, segment, trace)
     except Exception as error:
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
         difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
-        difference.number = segment.numbers[-1]
-        result.divergence = describe(difference, driver.manager, trace)
+        difference.number = segment.numbers[driver.place]
+        result.divergence = _describe(difference, driver, segment, trace)
     else:
         result.num_consumed += len(segment.events)
     result.num_compared += driver.num_compared - compared
     result.num_silent += driver.num_silent - silent
+
+
+def _describe(
+    difference: Diverged, driver: Replay, segment: Segment, trace: Trace
+) -> Divergence:
+    last = segment.numbers[driver.place]
+    return describe(difference, driver.manager, trace, segment.process, last)
 
 
 def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
@@ -154,9 +162,16 @@ def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
     ]
 
 
-def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:
-    """What this engine has that ``mini`` does not follow."""
+def _unfollowed(event: EngineConfigured, trace: Trace, driver: type[Replay]) -> list[str]:
+    """What this engine has that ``mini`` does not follow, or what is not said of it."""
     said = []
+    unsaid = [name for name in driver.needs if name not in event.settings]
+    if unsaid:
+        said.append(
+            f"engine.configured does not say {', '.join(unsaid)}: mini cannot be set up like this engine"
+        )
+    if event.settings.get("policy", "fcfs") not in POLICIES:
+        said.append(f"scheduling policy {event.settings['policy']!r}: mini does not follow it")
     for group in event.groups:
         if group.kind not in ("FullAttentionSpec", "SlidingWindowSpec"):
             said.append(f"KV group of kind {group.kind}: mini does not follow it")

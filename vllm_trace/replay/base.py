@@ -41,6 +41,9 @@ class Diverged(Exception):
 class Replay:
     """``mini`` beside a trace. A mode says in ``acts`` what each kind of event makes ``mini`` do."""
 
+    needs: tuple[str, ...] = ("max_model_len", "enable_prefix_caching")
+    """Settings of ``engine.configured`` without which there is no ``mini`` to compare with."""
+
     acts: dict[type[Event], Callable[[Any], object]]
 
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
@@ -52,6 +55,8 @@ class Replay:
         self.num_compared = 0
         self.num_settled = 0
         """Facts of this segment that were found equal."""
+        self.place = 0
+        """In its segment, of the event that is being taken."""
         self.num_silent = 0
         """Calls of ``allocate_slots`` without an event of their own that ``mini`` agreed with."""
         self.requests: dict[int, Request] = {}
@@ -78,11 +83,11 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        self.num_settled = 0
+        self.num_settled = self.place = 0
         try:
             self.begin(segment)
             acts, facts, expect = self.acts, FACTS, self.expected.append
-            for event in segment.events:
+            for self.place, event in enumerate(segment.events):
                 kind = type(event)
                 make = facts.get(kind)
                 if make is not None:

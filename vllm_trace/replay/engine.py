@@ -14,20 +14,26 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
+from vllm_trace.mini.scheduler import SchedulerConfig
 from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
 from vllm_trace.replay.facts import Fact
 from vllm_trace.replay.segments import Segment
+from vllm_trace.replay.steady_scheduler import SteadyScheduler
 from vllm_trace.trace import Trace
 
 
 class EngineReplay(Replay):
     """Arrivals, aborts and outcomes drive ``mini``'s scheduler; workers are judged by the manager's replay."""
 
+    needs = (
+        *Replay.needs, "max_num_scheduled_tokens", "max_num_seqs", "policy", "enable_chunked_prefill",
+        "long_prefill_token_threshold", "full_sequence_must_fit", "async_scheduling",
+    )  # fmt: skip
+
     def __init__(self, config: EngineConfigured, trace: Trace) -> None:
         super().__init__(config, trace)
         settings = self.settings
-        self.scheduler = Scheduler(
+        self.scheduler = SteadyScheduler(
             self.manager,
             SchedulerConfig(
                 max_num_batched_tokens=settings["max_num_scheduled_tokens"],
@@ -35,6 +41,9 @@ class EngineReplay(Replay):
                 policy=settings["policy"],
                 enable_chunked_prefill=settings["enable_chunked_prefill"],
                 long_prefill_token_threshold=settings["long_prefill_token_threshold"],
+                long_prefill_token_threshold_adaptive=bool(
+                    settings.get("long_prefill_token_threshold_adaptive")
+                ),
                 scheduler_reserve_full_isl=settings["full_sequence_must_fit"],
                 async_scheduling=settings["async_scheduling"],
             ),
@@ -91,9 +100,7 @@ class EngineReplay(Replay):
         output = self.outputs.pop(event.step, None)
         if output is None:
             return
-        counts = event.num_output_tokens or ()
-        sampled = dict(zip(output.num_scheduled_tokens, counts, strict=True))
-        finished = self.scheduler.update_from_output(output, sampled, self.stops)
+        finished = self.scheduler.answer(output, event.num_output_tokens or (), self.stops)
         self.settle()
         # Without token ids mini cannot tell a stop at the last token from reaching the limit.
         self.require(event, "finished requests", [*self.stops], [*finished])

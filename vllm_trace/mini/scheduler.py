@@ -28,7 +28,6 @@ from .block_pool import Tell
 from .kv_cache_manager import KVCacheManager
 from .request import Request, RequestStatus
 
-
 POLICIES = ("fcfs", "priority")
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from vllm_trace.mini.block_pool import Tell
 from vllm_trace.mini.kv_cache_manager import KVCacheManager
-from vllm_trace.mini.request import RequestStatus
+from vllm_trace.mini.request import Request, RequestStatus
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from vllm_trace.replay.steady import Steady
 
@@ -20,27 +21,30 @@ from vllm_trace.replay.steady import Steady
 class SteadyScheduler(Scheduler):
     """The same plans as ``Scheduler``.
 
-    Leaves out: ``new_block_ids`` and ``num_computed_tokens`` of a plan, which only a runner needs.
+    Leaves out: ``new_block_ids`` and ``num_computed_tokens`` of a plan, which only a runner needs; of what
+    ``Scheduler`` tells all but preemptions, as the rest is in its answers.
     """
 
-    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, tell: Any = None) -> None:
-        super().__init__(manager, config, tell)
-        self.steady = Steady()
+    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, tell: Tell) -> None:
+        super().__init__(manager, config)
+        self._tell_preempted = tell
+        self.steady = Steady(manager)
         self.one_by_one = config.async_scheduling or manager.has_windows
         """Nobody is steady: a step may be planned before the last one is answered, or a window may move."""
-        self._num_unanswered = 0
         self._ones: dict[Hashable, int] | None = None
         """One token for each of ``running`` in its order; None when they are others now."""
+        self._places: dict[Hashable, int] = {}
+        self._awake: dict[Any, int] | None = None
+        """Who else is in the plan that is being made, and their tokens; None when nobody is passed over."""
         self._ends: dict[int, list[Any]] = {}
         """Answer → members who have all their tokens then."""
 
     # Planning ---------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        if self._num_unanswered and not self.one_by_one:
+        if self.steady.num_scheduled > self.steady.num_updated and not self.one_by_one:
             self.one_by_one = True  # steps overlap without async scheduling (pipelines)
             self._wake_all()
-        self._num_unanswered += 1
         return super().schedule()
 
     def _schedule_running(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
@@ -54,27 +58,33 @@ class SteadyScheduler(Scheduler):
             }
         due = self.steady.due()
         left = token_budget - len(members) - sum(others.values())
-        if self.one_by_one or left < 0 or not self._all_fit(due, others):
+        if self.one_by_one or left < 0 or not self._all_fit(len(due), others):
             self._wake_all()
+            self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
         if self._ones is None:
-            self._ones = dict.fromkeys([request.request_id for request in running], 1)
-        output.num_scheduled_tokens = planned = self._ones.copy()
-        planned.update(others)
-        asking = due + [*others]
-        if len(asking) > 1:
-            wanted = frozenset(asking)
-            asking = [key for key in planned if key in wanted]
+            keys = [request.request_id for request in running]
+            self._ones = dict.fromkeys(keys, 1)
+            self._places = dict(zip(keys, range(len(keys))))
+        planned = self._ones
+        if others or self.waiting:
+            planned = planned | others
+        output.num_scheduled_tokens = planned
+        self._awake = others
+        asking = [member.key for member in due]
+        asking += others
+        asking.sort(key=self._places.__getitem__)
         for key in asking:
-            self.steady.catch_up(key)
-            self.kv_cache_manager.allocate_slots(self.requests[key], planned[key])
-            self.steady.was_called(key, self.kv_cache_manager.requests[key].quiet_until)
+            member = members.get(key)
+            if member is not None:
+                self.steady.call(member)
+            else:
+                self.kv_cache_manager.allocate_slots(self.requests[key], others[key])
         return left
 
-    def _all_fit(self, due: Sequence[Any], others: Mapping[Any, int]) -> bool:
-        """Whether nobody who runs can be refused, nor passed over for want of tokens."""
+    def _all_fit(self, num_blocks: int, others: Mapping[Any, int]) -> bool:
+        """Whether the pool has as many blocks (one for each that is due) and what the others need."""
         manager = self.kv_cache_manager
-        num_blocks = len(due)  # one token more needs one block at most
         for key, num_tokens in others.items():
             if not num_tokens:
                 return False
@@ -83,17 +93,24 @@ class SteadyScheduler(Scheduler):
         return num_blocks * len(manager.groups) <= manager.block_pool.get_num_free_blocks()
 
     def _update_after_schedule(self, output: SchedulerOutput) -> None:
+        planned, awake = output.num_scheduled_tokens, self._awake
+        if not planned:
+            return
         self.steady.num_scheduled += 1
         if output.scheduled_new_reqs or output.scheduled_resumed_reqs:
             self._ones = None
-        planned, members = output.num_scheduled_tokens, self.steady.members
-        if len(planned) == len(members):
-            return
-        output.num_scheduled_tokens = {
-            key: count for key, count in planned.items() if key not in members
-        }
-        super()._update_after_schedule(output)
+        if awake is not None:
+            for key in (*output.scheduled_new_reqs, *output.scheduled_resumed_reqs):
+                awake[key] = planned[key]
+            output.num_scheduled_tokens = awake
+        if awake != {}:
+            super()._update_after_schedule(output)
         output.num_scheduled_tokens = planned
+
+    def _preempt_request(self, request: Request) -> None:
+        lost = request.num_computed_tokens
+        super()._preempt_request(request)
+        self._tell_preempted(("request.preempted", request.request_id, lost))
 
     # Answers ----------------------------------------------------------------------------
 
@@ -102,22 +119,25 @@ class SteadyScheduler(Scheduler):
     ) -> dict[Hashable, str]:
         """``update_from_output`` with the number of tokens that each request of the plan sampled."""
         planned = output.num_scheduled_tokens
-        self._num_unanswered -= 1
+        if not planned:
+            return {}
         if self.one_by_one:
             return self.update_from_output(output, dict(zip(planned, counts, strict=True)), stops)
         steady = self.steady
-        if counts.count(1) != len(counts) or len(counts) != len(planned):
-            for key, count in zip(planned, counts, strict=True):
-                if count != 1:
-                    self._wake(key)
-        for key in (*self._ends.pop(steady.num_updated + 1, ()), *stops):
+        irregular = counts.count(1) != len(planned) or len(counts) != len(planned)
+        woken = [*self._ends.pop(steady.num_updated + 1, ()), *stops]
+        if irregular:
+            woken += [key for key, count in zip(planned, counts, strict=True) if count != 1]
+        for key in woken:
             self._wake(key)
         steady.num_updated += 1
         if len(planned) == len(steady.members):
             return {}
-        awake = [key for key in planned if key not in steady.members]
-        output.num_scheduled_tokens = {key: planned[key] for key in awake}
-        sampled = {key: count for key, count in zip(planned, counts) if key in output.num_scheduled_tokens}
+        awake = self._awake
+        if woken or awake is None or len(awake) + len(steady.members) != len(planned):
+            awake = {key: count for key, count in planned.items() if key not in steady.members}
+        output.num_scheduled_tokens = awake
+        sampled = dict(zip(planned, counts)) if irregular else dict.fromkeys(awake, 1)
         finished = self.update_from_output(output, sampled, stops)
         if finished:
             self._ones = None
@@ -142,7 +162,7 @@ class SteadyScheduler(Scheduler):
         if request.num_computed_tokens != request.num_tokens - 1:
             return
         steady = self.steady
-        steady.join(key, request, self.kv_cache_manager.requests[key].quiet_until)
+        steady.join(key, request, self.kv_cache_manager.requests[key])
         limit = min(self.max_model_len, request.num_prompt_tokens + request.max_tokens)
         last = steady.num_updated + limit - request.num_tokens
         self._ends.setdefault(last, []).append(key)

@@ -80,7 +80,9 @@ class EngineReplay(Replay):
     def scheduled(self, event: StepScheduled) -> None:
         scheduler, output = self.scheduler, self.scheduler.schedule()
         plan = (output.num_scheduled_tokens, event.requests, event.num_tokens)
-        if not all(map(is_, plan, self.plan)):  # both sides repeat the very plan that was equal before
+        if not all(
+            map(is_, plan, self.plan)
+        ):  # both sides repeat the very plan that was equal before
             mine = plan[0]
             recorded, made = (event.requests, event.num_tokens), ([*mine], [*mine.values()])
             self.require(event, ("scheduled requests", "scheduled tokens"), recorded, made)

@@ -46,6 +46,8 @@ class Recorded:
         self.queue: OrderedDict[int, None] = OrderedDict()
         """Free blocks, the next to be handed out first."""
         self.requests: dict[int, Known] = {}
+        self.group_of: dict[int, int] = {}
+        """The group under which a block was cached."""
         self.running: list[int] = []
         """In the order of the last step."""
         self._steps: dict[int, list[int]] = {}
@@ -88,6 +90,7 @@ class Recorded:
             known.num_hashes_told += len(event.new_hashes)
 
     def _cached(self, event: BlocksCached) -> None:
+        self.group_of.update(dict.fromkeys(event.blocks, event.group))
         if event.request in self.requests:
             self._learn(self.requests[event.request], event.first, event.hashes)
 

@@ -19,7 +19,7 @@ SCRIPT = """
 
     if __name__ == "__main__":
         llm = LLM(model=sys.argv[1], block_size=int(sys.argv[2]), dtype="float32", enforce_eager=True,
-                  max_model_len=128, num_gpu_blocks_override=16)
+                  max_model_len=128, num_gpu_blocks_override=16, kv_cache_memory_bytes=64 << 20)
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
         (made,) = llm.generate([{"prompt_token_ids": [5, 6, 7, 8]}], params, use_tqdm=False)
         print(made.outputs[0].token_ids)

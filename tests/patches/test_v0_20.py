@@ -77,7 +77,9 @@ def test_who_does_not_fit_as_a_whole_is_refused_the_rest_of_its_sequence(tmp_pat
         recorder=recorder, failed=pytest.fail, clock=lambda: 0,
     )  # fmt: skip
     long, short = (
-        SimpleNamespace(request_id=f"r{n}", num_tokens=n, num_prompt_tokens=n, num_computed_tokens=0)
+        SimpleNamespace(
+            request_id=f"r{n}", num_tokens=n, num_prompt_tokens=n, num_computed_tokens=0
+        )
         for n in (70, 40)
     )
     hits = SimpleNamespace(blocks=([SimpleNamespace()],))

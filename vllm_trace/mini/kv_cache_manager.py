@@ -202,8 +202,9 @@ class KVCacheManager:
         if full_sequence_must_fit:
             whole = min(request.num_tokens, self.max_model_len)
             if not self._fits(whole, hits, num_computed, num_usable, capped=True):
-                told = self.rules.whole_sequence_test_inside
-                return self._refuse(request, num_new_tokens, told)
+                if not self.rules.whole_sequence_test_inside:
+                    num_new_tokens = whole - num_computed
+                return self._refuse(request, num_new_tokens)
         if not self._fits(num_slots, hits, num_computed, num_usable):
             return self._refuse(request, num_new_tokens)
 
@@ -370,8 +371,8 @@ class KVCacheManager:
         first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
         return table[first:] if first else table
 
-    def _refuse(self, request: Request, num_new_tokens: int, told: bool = True) -> None:
-        if self.tell is not None and told:
+    def _refuse(self, request: Request, num_new_tokens: int) -> None:
+        if self.tell is not None:
             num_free = self.block_pool.get_num_free_blocks()
             self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
 

@@ -391,7 +391,7 @@ def _check(arguments: argparse.Namespace, progress: Any, words: list[str]) -> in
         listed = [{"id": q.id, "text": q.text, "choices": q.choices} for q in asked]
         print_json({"schema": 1, "step": one.number, "own": source.own, "questions": listed})
         return 0
-    show([f"# Step {one.number}: {one.title}. Check", f"on {source.said}"])
+    show(lesson.checking(one, source))
     if _talks():
         return _converse(progress, one, asked)
     for number, each in enumerate(asked, 1):
@@ -404,7 +404,7 @@ def _check(arguments: argparse.Namespace, progress: Any, words: list[str]) -> in
 
 def _judge(arguments: argparse.Namespace, progress: Any, one: Any, asked: Sequence[Any]) -> int:
     """Answers from the command line."""
-    from vllm_trace.learn import lesson
+    from vllm_trace.learn import lesson, questions
 
     given = arguments.answer
     if len(given) > len(asked):
@@ -436,7 +436,7 @@ def _judge(arguments: argparse.Namespace, progress: Any, one: Any, asked: Sequen
                 print(f"   look: vllm-trace show TRACE {each.look}"[:79])
         left = len(asked) - len(rows)
         if left:
-            print(f"\n{left} question(s) without an answer.")
+            print(f"\n{questions.many(left, 'question')} without an answer.")
     if passed:
         _passed(progress, one, quiet=arguments.json)
     return 0 if passed else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
-from vllm_trace.learn.questions import Question, question
+from vllm_trace.learn.questions import Question, many, question
 
 
 def _decode(book: Book, rng: random.Random) -> StepSeen:
@@ -155,8 +155,8 @@ def budget_left(book: Book, rng: random.Random) -> Question:
     step = rng.choice(steps)
     ones = sum(1 for n in step.counts.values() if n == 1)
     return Question(
-        f"In step {step.number}, {ones} request(s) compute a single token each. A step may have {budget} "
-        f"tokens. How many are left for chunks of prompts?",
+        f"In step {step.number}, {many(ones, 'request')} of {len(step.counts)} had one token to compute. A step "
+        f"may have {budget} tokens. How many were left for chunks of prompts?",
         str(budget - ones),
         f"{budget} - {ones} = {budget - ones}; those who run are served first.",
         ("Each of them takes one token of the budget.",),
@@ -178,7 +178,7 @@ def grid_size(book: Book, rng: random.Random) -> Question:
     two = book.chosen(step) == "V2"
     blocks = programs * (parts if two else 1)
     return Question(
-        f"Decode step {step.number} runs {book.chosen(step)}: {len(step.counts)} sequence(s), "
+        f"Decode step {step.number} runs {book.chosen(step)}: {many(len(step.counts), 'sequence')}, "
         f"{book.num_heads} heads, longest {longest}. How many thread blocks has the grid?",
         str(blocks),
         (
@@ -273,6 +273,26 @@ def merge_weight(book: Book, rng: random.Random) -> Question:
     )
 
 
+@question
+def merge_share(book: Book, rng: random.Random) -> Question:
+    split = [s for s in book.steps if book.is_decode(s) and s.max_seq_len > PARTITION]
+    length = rng.choice(split).max_seq_len if split else PARTITION + rng.randrange(8, PARTITION)
+    parts = cdiv(length, PARTITION)
+    last = length - (parts - 1) * PARTITION
+    share = round(100 * last / length)
+    return Question(
+        f"V2 cuts the {length} tokens of a sequence into partitions of {PARTITION}. If all logits were equal, "
+        f"how many per cent (to the nearest whole) would the last partition's output weigh in the reduce?",
+        str(share),
+        f"Every token weighs the same, and it has {last} of {length}: {100 * last / length:.1f} %.",
+        ("How many tokens has the last partition?", "With equal logits a sum is the number of tokens."),
+        wrong={
+            str(round(100 / parts)): "partitions weigh by their sums, and the last one has fewer tokens",
+            str(last): "that is its tokens: of how many?",
+        },
+    )  # fmt: skip
+
+
 # The cache ---------------------------------------------------------------------------------
 
 
@@ -281,7 +301,7 @@ def slots_written(book: Book, rng: random.Random) -> Question:
     step = rng.choice(book.steps)
     count = step.num_tokens
     return Question(
-        f"Step {step.number} has {len(step.counts)} request(s) with {count} tokens in all. Into how many "
+        f"Step {step.number} has {many(len(step.counts), 'request')} with {many(count, 'token')} in all. Into how many "
         f"slots does reshape_and_cache write in one layer?",
         str(count),
         f"One for each new token, of prompts and of decodes alike: {count}.",
@@ -297,30 +317,35 @@ def slots_written(book: Book, rng: random.Random) -> Question:
 
 @question
 def copies_needed(book: Book, rng: random.Random) -> Question:
-    size = book.block_size
-    prompt = rng.randrange(2, 6) * size + rng.randrange(1, size)
-    answers = rng.randrange(2, 6)
-    full = prompt // size
+    size, request = book.block_size, rng.choice(list(book.arrived))
+    prompt, answers = book.arrived[request].num_prompt_tokens, rng.randrange(2, 8)
+    shared = (prompt - 1) // size
+    own = cdiv(prompt, size) - shared
+    tail = prompt - shared * size
     return Question(
-        f"{answers} answers to one prompt of {prompt} tokens share its full blocks (of {size}) and each "
-        f"has a tail of its own. How many blocks are in use before anything is generated?",
-        str(full + answers),
-        f"{full} shared ones and {answers} tails: {full + answers}. Nothing was copied.",
-        ("How many blocks are full?", "The last one is not: it will be written to."),
+        f"{answers} answers to the prompt of request {book.name(request)} ({prompt} tokens) are generated side "
+        f"by side. They share what blocks of {size} they can. How many blocks are in use when all prompts are "
+        f"computed?",
+        str(shared + answers * own),
+        f"{shared} shared, and {answers} tails of {tail} tokens: {shared + answers * own}. Nothing was copied.",
+        ("How many full blocks stand before the prompt's last token?", "Each writes on in its last block."),
         wrong={
-            str((full + 1) * answers): "that is without sharing",
-            str(full + 1): "each writes its own next tokens: the tail cannot be shared",
-            str(full): "the tails count too",
+            str((shared + own) * answers): "that is without sharing",
+            str(shared + own): "each writes its own next tokens: the tail cannot be shared",
+            str(shared): "the tails count too",
         },
-    )
+        look="requests",
+    )  # fmt: skip
 
 
 @question
 def fork_copies(book: Book, rng: random.Random) -> Question:
-    owners = rng.randrange(2, 6)
+    step = max(book.steps, key=lambda s: len(s.counts))
+    owners = rng.randrange(2, max(3, len(step.counts) + 1))
     return Question(
-        f"V0 forked: {owners} sequences held one partly filled block. All of them generate a token now. "
-        f"How many copies of the block does copy-on-write make?",
+        f"V0 would have forked {owners} of the requests of step {step.number} from one, and they would hold "
+        f"one partly filled block together. Each of them generates a token now. How many copies of the "
+        f"block does copy-on-write make?",
         str(owners - 1),
         f"Whoever writes while others hold it copies; the last one is alone and writes in place: "
         f"{owners - 1}.",
@@ -345,55 +370,77 @@ def vector_x(book: Book, rng: random.Random) -> Question:
 
 @question
 def key_offset(book: Book, rng: random.Random) -> Question:
-    x, size = 16 // book.element_size, book.block_size
-    block = rng.randrange(1, min(6, book.config.num_blocks))
-    token, kv, head = rng.randrange(1, size), book.num_kv_heads, book.head_size
-    offset = block * kv * head * size + token * x
+    x, size, head = 16 // book.element_size, book.block_size, rng.randrange(book.num_kv_heads)
+    said, block, place = _written(book, rng)
+    each = book.head_size * size
+    begin = (block * book.num_kv_heads + head) * each
+    offset = begin + place * x
     return Question(
-        f"The key cache is [blocks, {kv}, {head // x}, {size}, {x}]. At which element does the key of "
-        f"the token at place {token} of block {block} begin (head 0, element 0)?",
+        f"{said} The key cache is [blocks, {book.num_kv_heads}, {book.head_size // x}, {size}, {x}]. At which "
+        f"element does the token's key of KV head {head} begin (all count from 0)?",
         str(offset),
-        f"{block} x {kv * head * size} + {token} x {x} = {offset}.",
-        (f"A block has {kv * head * size} elements.", f"Two tokens are {x} elements apart."),
+        f"{block} x {book.num_kv_heads * each} + {head} x {each} + {place} x {x} = {offset}.",
+        (
+            f"A block has {book.num_kv_heads * each} elements, a head in it {each}.",
+            f"Two tokens are {x} elements apart.",
+        ),
         wrong={
-            str(block * kv * head * size + token): f"tokens are {x} elements apart, not 1",
-            str(block * kv * head * size + token * head): "that is the layout [block, token, head]",
-            str(token * x): "and the blocks before it?",
+            str(begin + place): f"tokens are {x} elements apart, not 1",
+            str(begin + place * book.head_size): "that is the layout [block, head, token, dim]",
+            str(head * each + place * x): "and the blocks before it?",
+            str(block * book.num_kv_heads * each + place * x): "and the heads before it?",
         },
     )
 
 
+def _written(book: Book, rng: random.Random) -> tuple[str, int, int]:
+    """Where a step wrote a token: in words, block, place."""
+    step = rng.choice([s for s in book.steps if s.mapped] or book.steps)
+    size = book.block_size
+    if tokens := [token for token in step.tokens() if token.slot >= 0]:
+        token = rng.choice(tokens)
+        block, place = divmod(token.slot, size)
+        who = f"position {token.position} of {book.name(token.request)}"
+    else:
+        block, place = rng.randrange(1, max(2, book.config.num_blocks)), rng.randrange(size)
+        who = "a token"
+    said = f"Step {step.number} wrote {who} to slot {block * size + place}: block {block}, place {place}."
+    return said, block, place
+
+
 @question
 def fp8_blocks(book: Book, rng: random.Random) -> Question:
-    width = book.element_size
-    usable = book.config.num_blocks - 1 + rng.randrange(0, 200)
+    width, step = book.element_size, rng.choice(book.steps)
+    free = step.scheduled.num_free_blocks or book.config.num_blocks - 1
     return Question(
-        f"Memory holds {usable} blocks with {width} bytes an element. How many blocks does it hold with fp8?",
-        str(usable * width),
-        f"An element shrinks from {width} bytes to 1: {usable} x {width} = {usable * width}.",
+        f"When step {step.number} was scheduled, {many(free, 'block')} {'was' if free == 1 else 'were'} free, "
+        f"with {width} bytes an element. How many fp8 blocks would the same memory hold?",
+        str(free * width),
+        f"An element shrinks from {width} bytes to 1: {free} x {width} = {free * width}.",
         ("fp8 has one byte.",),
         wrong={
-            str(usable): "blocks are smaller then, so more of them fit",
-            str(usable // width): "more, not fewer",
+            str(free): "blocks are smaller then, so more of them fit",
+            str(free // width): "more, not fewer",
         },
     )
 
 
 @question
 def value_offset(book: Book, rng: random.Random) -> Question:
-    size, kv, head = book.block_size, book.num_kv_heads, book.head_size
-    block, token = rng.randrange(1, min(6, book.config.num_blocks)), rng.randrange(1, size)
-    element = rng.randrange(1, head)
-    offset = block * kv * head * size + element * size + token
+    size, kv, dim = book.block_size, book.num_kv_heads, book.head_size
+    said, block, place = _written(book, rng)
+    element = rng.randrange(1, dim)
+    begin = block * kv * dim * size
+    offset = begin + element * size + place
     return Question(
-        f"The value cache is [blocks, {kv}, {head}, {size}]. At which place in it is element {element} of "
-        f"the value at place {token} of block {block} (head 0)?",
+        f"{said} The value cache is [blocks, {kv}, {dim}, {size}]. At which place in it is element {element} "
+        f"of the token's value in KV head 0 (all count from 0)?",
         str(offset),
-        f"{block} x {kv * head * size} + {element} x {size} + {token} = {offset}.",
-        (f"A block has {kv * head * size} elements.", "Tokens are innermost: one apart."),
+        f"{block} x {kv * dim * size} + {element} x {size} + {place} = {offset}.",
+        (f"A block has {kv * dim * size} elements.", "Tokens are innermost: one apart."),
         wrong={
-            str(block * kv * head * size + token * head + element): "here tokens are innermost",
-            str(element * size + token): "and the blocks before it?",
+            str(begin + place * dim + element): "here tokens are innermost",
+            str(element * size + place): "and the blocks before it?",
         },
     )
 

@@ -75,6 +75,11 @@ def _list_off(given: list[str], right: list[str]) -> str:
     return f"number {place + 1} of the list is another one"
 
 
+def many(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def normal(text: str) -> str:
     """Small letters, one blank between words, commas and thousands' marks aside."""
     cleaned = text.strip().lower().replace("_", "")

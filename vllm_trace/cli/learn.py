@@ -14,6 +14,8 @@ from vllm_trace.cli.printing import print_json
 from vllm_trace.errors import UsageError, VllmTraceError, unknown
 
 WORDS = ("check", "path", "read", "run", "see", "sources", "start")
+LONG = 120
+"""Lines of a passage that is one of several in the pager."""
 TRIES = 3
 """Wrong answers to a question before its hints come without asking."""
 
@@ -265,9 +267,9 @@ def _read(arguments: argparse.Namespace, progress: Any, words: list[str]) -> int
         show(lesson.reading(one, tree))
         readable = [r for r in chosen if _text_of(r, tree)]
         if readable and _asked("[Enter] the source  [s] skip > ").lower()[:1] not in ("s", "q"):
-            _page(readable, tree)
+            _page(readable, tree, one.number)
     elif _talks():
-        _page(chosen, tree)
+        _page(chosen, tree, one.number)
     else:
         _passage(chosen[0], tree, arguments.all)
     return 0
@@ -296,8 +298,8 @@ def _passage(reference: Any, tree: Any, whole: bool) -> None:
         print(left)
 
 
-def _page(chosen: Sequence[Any], tree: Any) -> None:
-    """Highlighted, in the reader's pager."""
+def _page(chosen: Sequence[Any], tree: Any, number: int) -> None:
+    """Highlighted, in the reader's pager. Of several passages each is cut after a few screens."""
     from rich.syntax import Syntax
     from rich.text import Text
 
@@ -308,6 +310,10 @@ def _page(chosen: Sequence[Any], tree: Any) -> None:
     terminal = console()
     os.environ.setdefault("LESS", "-R")  # else less shows colours as their codes
     with terminal.pager(styles=not terminal.no_color):
+        if len(chosen) > 1:
+            terminal.print(
+                f"{len(chosen)} passages, one after the other (less: / searches, q leaves)"
+            )
         for reference in chosen:
             for line in lesson.about(reference, tree):
                 terminal.print(Text(line.removeprefix("# "), style="bold" * line.startswith("# ")))
@@ -317,12 +323,18 @@ def _page(chosen: Sequence[Any], tree: Any) -> None:
             low, high = found.line, found.end
             if low == high:
                 low, high = max(1, low - 6), high + 6
+            left = high - low + 1 - LONG if len(chosen) > 1 else 0
+            high -= max(0, left)
             text = "\n".join(tree.text(Passage(found.file, found.name, low, high)))
             language = "python" if found.file.endswith(".py") else "cuda"
             terminal.print(
                 Syntax(text, language, line_numbers=True, start_line=low, word_wrap=True,
                        theme="ansi_dark", background_color="default")
             )  # fmt: skip
+            if left > 0:
+                terminal.print(
+                    f"… {left} lines more: vllm-trace learn read {number} {reference.id}"
+                )
 
 
 def _run(arguments: argparse.Namespace, progress: Any, words: list[str]) -> int:

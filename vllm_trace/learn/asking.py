@@ -187,7 +187,9 @@ def _hits_in_use(book: Book, one: Allocation) -> bool:
 
 
 def ids_text(blocks: list[int]) -> str:
-    return "block " + ", ".join(map(str, blocks)) if len(blocks) < 9 else f"{len(blocks)} blocks"
+    if len(blocks) > 8:
+        return f"{len(blocks)} blocks"
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
 
 
 def _step_of(book: Book, one: Allocation) -> int:

@@ -66,11 +66,9 @@ def overview(progress: Progress, exercises: Sequence[tuple[str, str]]) -> list[s
     lines.append("# Exercises")
     for name, title in exercises:
         lines.append(f"{_mark(progress, name)} {name:10}  {title}"[:WIDTH])
-    return [
-        *lines,
-        "",
-        f"vllm-trace learn 1 | check 1 | start ex1 | path {'|'.join(plan.paths())}",
-    ]
+    left = [one.name for one in plan.steps() if one.name not in progress.passed]
+    after = f"Next: vllm-trace learn {left[0]}" if left else "All steps are passed"
+    return [*lines, "", f"{after}  (start ex1 | path {'|'.join(plan.paths())})"]
 
 
 def _mark(progress: Progress, name: str) -> str:
@@ -91,11 +89,10 @@ def path_lines(way: plan.LearningPath, progress: Progress) -> list[str]:
         name = words[-1] if "learn" in words else ""
         mark = _mark(progress, name) if name else "   "
         lines += [f"{mark} {stop.minutes:>3} min  {stop.command}", f"             {stop.why}"]
-    lines += [
-        "",
-        *wrap("Minutes are for reading, running and answering; a run takes about ten seconds."),
-    ]
-    return lines
+    said = "Minutes are for reading, running and answering; a run takes about ten seconds."
+    if any(stop.is_page for stop in way.stops):
+        said += " Pages, docs/…, are in the repository."
+    return [*lines, "", *wrap(said)]
 
 
 # A step ------------------------------------------------------------------------------------

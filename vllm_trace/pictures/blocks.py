@@ -92,8 +92,9 @@ def block_structure(sources: Any, ink: INK) -> Any:
         _block(axes, 2.6 + block, pool_y, str(block), colour, share, ink)
     free = found.num_blocks - 1 - len(owners)
     axes.text(
-        2.6, pool_y + 2.5 + len(below) * 1.3,
-        f"coloured as far as a block is filled; block 0 is the null block, never used; {free} free",
+        0, pool_y + 2.5 + len(below) * 1.3,
+        f"numbers above and below: logical blocks; coloured as far as a block is filled; "
+        f"block 0 is the null block; {free} free",
         fontsize=9.5,
     )  # fmt: skip
     return made
@@ -153,7 +154,7 @@ def attention_flow(sources: Any, ink: INK) -> Any:
         found.tables, key=lambda one: (len(found.tables[one]), -list(found.tables).index(one))
     )
     table, held, size = found.tables[name], found.held[name], found.block_size
-    position = held - 1
+    owners, position = found.owners, held - 1
     slot = found.slots[name][0]
     made, axes = _canvas(13.6, 10.0, 0.7)
     axes.text(0, 0.5, f"Step {found.step} of `preempt`: one new token of {name}", fontsize=12)
@@ -174,8 +175,10 @@ def attention_flow(sources: Any, ink: INK) -> Any:
     axes.text(0, pool_y + 0.4, "pool", va="center")
     for block in range(found.num_blocks):
         mine = block in table
-        share = found.fill(name, table.index(block)) if mine else 0
-        _block(axes, 2 + block, pool_y, str(block), ink.used, share, ink, line=1)
+        owner = name if mine else next(iter(owners.get(block, [])), "")
+        share = found.fill(owner, found.tables[owner].index(block)) if owner else 0
+        colour = ink.used if mine else ink.faint
+        _block(axes, 2 + block, pool_y, str(block), colour, share, ink, line=1)
     for index, block in enumerate(table):
         x = 2 + index * 1.6
         share = found.fill(name, index)
@@ -194,11 +197,16 @@ def attention_flow(sources: Any, ink: INK) -> Any:
     axes.text(0, 8.6, "4", color=ink.used, fontweight="bold", fontsize=13, va="center")
     axes.text(0.6, 8.6, f"scores = q · k / √d  →  softmax over {held}  →  Σ weight · v", va="center",
               fontfamily="monospace")  # fmt: skip
-    said = f"one call for all {len(found.num_tokens)} requests of the step"
+    count = len(found.num_tokens)
+    said = f"one call for {'both' if count == 2 else f'all {count}'} requests of the step"
     if found.kernel:
         said += f": {found.kernel}, variant {found.variant}"
     axes.text(0.6, 9.05, said, va="center", fontsize=9.5)
     axes.text(
-        0.6, 9.6, "the orange line is the slot that this step writes", va="center", fontsize=9.5
+        0.6,
+        9.6,
+        "orange: the slot that this step writes; grey: blocks of other requests; block 0 is the null block",
+        va="center",
+        fontsize=9.5,
     )
     return made

@@ -95,7 +95,13 @@ def question(maker: Maker) -> Maker:
 def ask(book: Book, names: Sequence[str], seed: str) -> list[Question]:
     """The questions of a step for this trace and seed."""
     # They register their makers.
-    from vllm_trace.learn import asking, asking_kernels, asking_part3, asking_steps  # noqa: F401
+    from vllm_trace.learn import (  # noqa: F401
+        asking,
+        asking_cache,
+        asking_kernels,
+        asking_part3,
+        asking_steps,
+    )
 
     made = []
     for name in names:

@@ -154,7 +154,7 @@ def attention_flow(sources: Any, ink: INK) -> Any:
         found.tables, key=lambda one: (len(found.tables[one]), -list(found.tables).index(one))
     )
     table, held, size = found.tables[name], found.held[name], found.block_size
-    owners, position = found.owners, held - 1
+    position = held - 1
     slot = found.slots[name][0]
     made, axes = _canvas(13.6, 10.0, 0.7)
     axes.text(0, 0.5, f"Step {found.step} of `preempt`: one new token of {name}", fontsize=12)
@@ -170,6 +170,29 @@ def attention_flow(sources: Any, ink: INK) -> Any:
         axes.text(0, y, number, color=ink.used, fontweight="bold", fontsize=13, va="center")
         axes.text(0.6, y, what, va="center", fontfamily="monospace")
         axes.text(0.6, y + 0.42, why, va="center", fontsize=9.5, color=ink.text)
+    _table_and_pool(axes, found, name, ink)
+    axes.text(0, 8.6, "4", color=ink.used, fontweight="bold", fontsize=13, va="center")
+    axes.text(0.6, 8.6, f"scores = q · k / √d  →  softmax over {held}  →  Σ weight · v", va="center",
+              fontfamily="monospace")  # fmt: skip
+    count = len(found.num_tokens)
+    said = f"one call for {'both' if count == 2 else f'all {count}'} requests of the step"
+    if found.kernel:
+        said += f": {found.kernel}, variant {found.variant}"
+    axes.text(0.6, 9.05, said, va="center", fontsize=9.5)
+    axes.text(
+        0.6,
+        9.6,
+        "orange: the slot that this step writes; grey: blocks of other requests; block 0 is the null block",
+        va="center",
+        fontsize=9.5,
+    )
+    return made
+
+
+def _table_and_pool(axes: Any, found: Moment, name: str, ink: INK) -> None:
+    """A request's table above the pool, arrows from one to the other, and the slot that is written."""
+    table, held, size = found.tables[name], found.held[name], found.block_size
+    owners, position, slot = found.owners, held - 1, found.slots[name][0]
     logical_y, pool_y = 4.6, 6.9
     axes.text(0, logical_y + 0.4, "table", va="center")
     axes.text(0, pool_y + 0.4, "pool", va="center")
@@ -194,19 +217,3 @@ def attention_flow(sources: Any, ink: INK) -> Any:
     axes.text(
         2 + found.num_blocks + 0.3, pool_y + 0.4, f"slot {slot}", va="center", color=ink.empty_line
     )
-    axes.text(0, 8.6, "4", color=ink.used, fontweight="bold", fontsize=13, va="center")
-    axes.text(0.6, 8.6, f"scores = q · k / √d  →  softmax over {held}  →  Σ weight · v", va="center",
-              fontfamily="monospace")  # fmt: skip
-    count = len(found.num_tokens)
-    said = f"one call for {'both' if count == 2 else f'all {count}'} requests of the step"
-    if found.kernel:
-        said += f": {found.kernel}, variant {found.variant}"
-    axes.text(0.6, 9.05, said, va="center", fontsize=9.5)
-    axes.text(
-        0.6,
-        9.6,
-        "orange: the slot that this step writes; grey: blocks of other requests; block 0 is the null block",
-        va="center",
-        fontsize=9.5,
-    )
-    return made

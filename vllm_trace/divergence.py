@@ -43,6 +43,7 @@ class Divergence:
 def describe(difference: Any, manager: KVCacheManager, trace: Trace) -> Divergence:
     """Put a difference into words, with ``mini``'s state as it is now; reads the trace up to it again."""
     pool = manager.block_pool
+    names: dict[Any, str] = trace.names
     before: deque[Record] = deque(maxlen=STORY)
     for record in trace.records():
         if record.number > difference.number:
@@ -55,7 +56,7 @@ def describe(difference: Any, manager: KVCacheManager, trace: Trace) -> Divergen
         mini=_words(difference.mini, trace),
         free_list=[block.block_id for block in pool.free_block_queue],
         tables={
-            trace.names.get(request, f"#{request}"): [
+            names.get(request, f"#{request}"): [
                 [block.block_id for block in row] for row in manager.get_blocks(request)
             ]
             for request in manager.requests

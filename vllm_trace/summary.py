@@ -6,6 +6,7 @@ statements against; ``to_dict`` is the JSON form.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -244,18 +245,16 @@ class Summary:
             "shadow_beyond": self.shadow.num_beyond,
         }
         for request in self.requests:
-            told |= {
-                f"{request.name}.{key}": value
-                for key, value in {
-                    "hit_tokens": request.num_hit_tokens,
-                    "output_tokens": request.num_output_tokens,
-                    "blocks": len(request.table[0]) if request.table else 0,
-                    "chunks": request.num_chunks,
-                    "preemptions": request.num_preemptions,
-                    "context": request.max_context,
-                    "reason": request.reason,
-                }.items()
+            own: dict[str, int | str] = {
+                "hit_tokens": request.num_hit_tokens,
+                "output_tokens": request.num_output_tokens,
+                "blocks": len(request.table[0]) if request.table else 0,
+                "chunks": request.num_chunks,
+                "preemptions": request.num_preemptions,
+                "context": request.max_context,
+                "reason": request.reason,
             }
+            told |= {f"{request.name}.{key}": value for key, value in own.items()}
         return told
 
     def _blocks_in_use_at_end(self) -> int:
@@ -619,7 +618,7 @@ class _Reading:
                     break
 
 
-_TAKE = {
+_TAKE: dict[type[Event], Callable[..., None]] = {
     EngineConfigured: _Reading._engine,
     BackendSelected: _Reading._backend,
     RequestArrived: _Reading._arrived,

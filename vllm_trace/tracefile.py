@@ -44,6 +44,7 @@ from vllm_trace.events import (
     SlotsRefused,
     StepScheduled,
     StepUpdated,
+    tag_of,
 )
 from vllm_trace.packing import list_head
 
@@ -68,8 +69,8 @@ MAX_RAW = 64 * 1024 * 1024
 _STEADY = struct.Struct(">3sBIBQBQBIBIBI3sBIBQBQ")
 _put_steady = _STEADY.pack_into
 _U32, _U64 = 0xCE, 0xCF
-_STEADY_HEAD = bytes([0x92, 0x98, StepScheduled.__struct_config__.tag])
-_STEADY_MIDDLE = bytes([0x00, 0x94, StepUpdated.__struct_config__.tag])
+_STEADY_HEAD = bytes([0x92, 0x98, tag_of(StepScheduled)])
+_STEADY_MIDDLE = bytes([0x00, 0x94, tag_of(StepUpdated)])
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
@@ -445,7 +446,7 @@ class TraceFile:
             position += 4 + size
             yield self._whole(batch)
 
-    def _whole(self, batch: list[Event]) -> list[Event]:
+    def _whole(self, batch: list[Any]) -> list[Event]:
         """Count the batch and put back what a step has in common with the one before."""
         self.num_events += len(batch)
         for event in batch:

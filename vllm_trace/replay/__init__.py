@@ -127,9 +127,9 @@ def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> No
         result.divergence = describe(difference, driver.manager, trace)
     except Exception as error:
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
-        difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
-        difference.number = segment.numbers[-1]
-        result.divergence = describe(difference, driver.manager, trace)
+        refused = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
+        refused.number = segment.numbers[-1]
+        result.divergence = describe(refused, driver.manager, trace)
     else:
         result.num_consumed += len(segment.events)
     result.num_compared += driver.num_compared - compared

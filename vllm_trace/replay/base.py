@@ -144,7 +144,7 @@ class Replay:
         )
         return request
 
-    def forget(self, key: int) -> None:
+    def forget(self, key: Any) -> None:
         """The request is over."""
         self.requests.pop(key, None)
         self.num_hashes_told.pop(key, None)
@@ -154,7 +154,7 @@ class Replay:
         request = self.requests.get(event.request)
         if request is None:
             return
-        if type(event) is BlocksCached:
+        if isinstance(event, BlocksCached):
             first, hashes = event.first, event.hashes
         else:
             hashes = event.new_hashes

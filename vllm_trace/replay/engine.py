@@ -41,7 +41,7 @@ class EngineReplay(Replay):
             tell=self._hear,
         )
         self.outputs: dict[int, Any] = {}
-        self.stops: dict[int, str] = {}
+        self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
         self.acts = {
             BlocksCached: self.learn_hashes,

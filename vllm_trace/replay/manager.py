@@ -93,9 +93,9 @@ class ManagerReplay(Replay):
         self.kept, self.num_kept_done, self.answers = [], 0, {}
         if type(end) is StepScheduled:
             told = {event.request for event in segment.events if type(event) is SlotsAllocated}
-            counts = dict(zip(end.requests or (), end.num_tokens or ()))
-            order = end.kept or [key for key in counts if key not in told]
-            self.kept = [(key, counts.get(key)) for key in order]
+            planned = dict(zip(end.requests or (), end.num_tokens or ()))
+            order = end.kept or [key for key in planned if key not in told]
+            self.kept = [(key, planned.get(key)) for key in order]
         elif type(end) is StepUpdated and end.step in self.steps:
             step = self.steps.pop(end.step)
             requests, counts = step.requests or [], step.num_tokens or []
@@ -200,8 +200,8 @@ class ManagerReplay(Replay):
         if key is None or key == caller:
             return
         end, num_tokens = self.end, None
-        if type(end) is StepScheduled and key in (end.requests or ()):
-            num_tokens = end.num_tokens[end.requests.index(key)]
+        if type(end) is StepScheduled and end.requests and end.num_tokens:
+            num_tokens = dict(zip(end.requests, end.num_tokens)).get(key)
         self._call(key, num_tokens)
 
     def _run_kept(self, count: int) -> None:

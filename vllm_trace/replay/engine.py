@@ -53,7 +53,7 @@ class EngineReplay(Replay):
             tell=self.told.append,
         )
         self.outputs: dict[int, Any] = {}
-        self.stops: dict[int, str] = {}
+        self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
         self.acts = {
             BlocksCached: self.learn_cached,
@@ -77,14 +77,14 @@ class EngineReplay(Replay):
 
     def scheduled(self, event: StepScheduled) -> None:
         scheduler, output = self.scheduler, self.scheduler.schedule()
-        mine = output.num_scheduled_tokens
+        mine, preempted = output.num_scheduled_tokens, list[Any](output.preempted_req_ids)
         recorded = (
             event.requests, event.num_tokens, event.new, event.resumed, event.preempted,
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
         made = (
             [*mine], [*mine.values()], output.scheduled_new_reqs, output.scheduled_resumed_reqs,
-            sorted(output.preempted_req_ids), len(scheduler.running), len(scheduler.waiting),
+            sorted(preempted), len(scheduler.running), len(scheduler.waiting),
             self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)

@@ -132,7 +132,7 @@ class BlockHashToBlockMap(dict):
 
     __slots__ = ("duplicates",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.duplicates: dict[Hashable, list[KVCacheBlock]] = {}
 
@@ -270,7 +270,7 @@ class BlockPool:
         found = [
             self.cached_block_hash_to_block[group_id].get(block_hash) for group_id in group_ids
         ]
-        return None if None in found else found
+        return None if None in found else found  # type: ignore[return-value]
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Forget the hashes of these blocks. Owners keep them."""

@@ -133,8 +133,8 @@ class KVCacheManager:
         Units: blocks. Returns also the longest hit that any kind had.
         """
         if len(self.groups) == 1:
-            (hits,) = self.managers[0].find_longest_cache_hit(block_hashes, max_blocks, [0])
-            return (hits,), len(hits), len(hits)
+            (only,) = self.managers[0].find_longest_cache_hit(block_hashes, max_blocks, [0])
+            return (only,), len(only), len(only)
         tables: list[list[KVCacheBlock]] = [[] for _ in self.groups]
         full_hit: dict[int, int] = {}
         agreed, longest = max_blocks, 0
@@ -202,10 +202,13 @@ class KVCacheManager:
         if full_sequence_must_fit:
             whole = min(request.num_tokens, self.max_model_len)
             if not self._fits(whole, hits, num_computed, num_usable, capped=True):
-                told = self.rules.whole_sequence_test_inside
-                return self._refuse(request, num_new_tokens, told)
+                if not self.rules.whole_sequence_test_inside:
+                    num_new_tokens = whole - num_computed
+                self._refuse(request, num_new_tokens)
+                return None
         if not self._fits(num_slots, hits, num_computed, num_usable):
-            return self._refuse(request, num_new_tokens)
+            self._refuse(request, num_new_tokens)
+            return None
 
         held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
@@ -230,7 +233,8 @@ class KVCacheManager:
             num_slots = self.max_model_len
         num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
         if num_missing * len(held.tables) > self.block_pool.free_block_queue.num_free_blocks:
-            return self._refuse(request, num_new_tokens)
+            self._refuse(request, num_new_tokens)
+            return None
         num_tokens = request.num_computed_tokens + num_new_tokens
         new_blocks = self._extend(request, held, num_missing, num_tokens, num_processed)
         if self.tell is not None and num_missing > 0:
@@ -366,12 +370,12 @@ class KVCacheManager:
                 mask,
             )
 
-    def _without_null_head(self, table: list[KVCacheBlock]) -> list[KVCacheBlock]:
+    def _without_null_head(self, table: Sequence[KVCacheBlock]) -> Sequence[KVCacheBlock]:
         first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
         return table[first:] if first else table
 
-    def _refuse(self, request: Request, num_new_tokens: int, told: bool = True) -> None:
-        if self.tell is not None and told:
+    def _refuse(self, request: Request, num_new_tokens: int) -> None:
+        if self.tell is not None:
             num_free = self.block_pool.get_num_free_blocks()
             self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
 
@@ -379,7 +383,7 @@ class KVCacheManager:
         self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
     ) -> None:
         ids = _ids(new_blocks)
-        if ids or num_hit_tokens:
+        if self.tell is not None and (ids or num_hit_tokens):
             num_free = self.block_pool.free_block_queue.num_free_blocks
             key = request.request_id
             self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))

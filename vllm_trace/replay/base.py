@@ -141,7 +141,7 @@ class Replay:
         )
         return request
 
-    def forget(self, key: int) -> None:
+    def forget(self, key: Any) -> None:
         """The request is over."""
         self.requests.pop(key, None)
         self.num_hashes_told.pop(key, None)

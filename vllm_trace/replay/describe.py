@@ -22,7 +22,7 @@ from vllm_trace.events import (
 from vllm_trace.mini.kv_cache_manager import KVCacheManager
 from vllm_trace.replay.again import CALL_ENDS, script
 from vllm_trace.replay.recorded import Recorded
-from vllm_trace.replay.segments import ENDS
+from vllm_trace.replay.segments import COMPARED_OF_WORKERS, ENDS, OF_WORKERS
 from vllm_trace.trace import Record, Trace
 
 STORY = 12
@@ -56,7 +56,7 @@ def describe(
         number, kind = record.number, type(record.event)
         if number > last and end is not None:
             break
-        if number <= difference.number:
+        if number <= difference.number and (kind not in OF_WORKERS or kind in COMPARED_OF_WORKERS):
             story.append(record)
         if record.process != process:
             continue

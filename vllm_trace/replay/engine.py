@@ -20,6 +20,7 @@ from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
 from vllm_trace.replay.steady_scheduler import SteadyScheduler
 from vllm_trace.trace import Trace
 
+OF_A_PLAN = ("scheduled requests", "scheduled tokens")
 OF_A_STEP = (
     "new requests", "resumed requests", "preempted", "running", "waiting", "free blocks",
 )  # fmt: skip
@@ -55,7 +56,7 @@ class EngineReplay(Replay):
         self.plan: tuple[Any, ...] = (None, None, None)
         """The last step as ``mini`` planned it, its requests and their tokens as they were recorded."""
         self.outputs: dict[int, Any] = {}
-        self.stops: dict[int, str] = {}
+        self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
         self.acts = {
             BlocksCached: self.learn_cached,
@@ -80,21 +81,20 @@ class EngineReplay(Replay):
     def scheduled(self, event: StepScheduled) -> None:
         scheduler, output = self.scheduler, self.scheduler.schedule()
         plan = (output.num_scheduled_tokens, event.requests, event.num_tokens)
-        if not all(
-            map(is_, plan, self.plan)
-        ):  # both sides repeat the very plan that was equal before
-            mine = plan[0]
-            recorded, made = (event.requests, event.num_tokens), ([*mine], [*mine.values()])
-            self.require(event, ("scheduled requests", "scheduled tokens"), recorded, made)
-            self.plan = plan
+        if all(map(is_, plan, self.plan)):
+            self.num_compared += 2  # both sides repeat the very plan that was equal before
         else:
-            self.num_compared += 2
+            mine = plan[0]
+            planned = ([*mine], [*mine.values()])
+            self.require(event, OF_A_PLAN, (event.requests, event.num_tokens), planned)
+            self.plan = plan
         recorded = (
             event.new, event.resumed, event.preempted,
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
+        preempted = list[Any](output.preempted_req_ids)
         made = (
-            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(output.preempted_req_ids),
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(preempted),
             len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)

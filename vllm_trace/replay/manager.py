@@ -109,9 +109,9 @@ class ManagerReplay(Replay):
             self.kept = [(key, counts.get(key)) for key in order]
         elif type(end) is StepUpdated and end.step in self.steps:
             step = self.steps.pop(end.step)
-            requests, counts = step.requests or [], step.num_tokens or []
+            requests, num_tokens = step.requests or [], step.num_tokens or []
             outputs = end.num_output_tokens or [0] * len(requests)
-            self.answers = dict(zip(requests, zip(counts, outputs)))
+            self.answers = dict(zip(requests, zip(num_tokens, outputs)))
 
     # Calls that have an event -----------------------------------------------------------
 
@@ -219,8 +219,8 @@ class ManagerReplay(Replay):
             self.steady.call(member)
             return
         end, num_tokens = self._upcoming(self.place)[0], None
-        if type(end) is StepScheduled and key in (end.requests or ()):
-            num_tokens = end.num_tokens[end.requests.index(key)]
+        if type(end) is StepScheduled:
+            num_tokens = dict(zip(end.requests or (), end.num_tokens or ())).get(key)
         if member is not None and num_tokens is not None:
             self.steady.call(member, num_tokens)
         else:

@@ -151,9 +151,11 @@ def cautions(figures: dict[str, Any]) -> list[str]:
             "A tiny model on a CPU: a step's time grows with its tokens, so a larger batch gains "
             "little speed here."
         )
+        measured = any(other["about"]["device"] == "cuda" for other in figures.get("also", ()))
         said.append(
             "On a GPU a decode step reads all weights however many tokens it computes, so fewer steps "
-            "are less time; that was not measured here."
+            "are less time"
+            + (": the other machine's figures." if measured else "; that was not measured here.")
         )
     said.append("vllm against the small engine compares two programs; paged against contiguous is")
     said.append("the same program with another cache.")

@@ -203,5 +203,5 @@ def test_figures_that_are_none(content, tmp_path):
     file = tmp_path / "bench.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(UsageError, match="cannot read|holds no figures"):
+    with pytest.raises(UsageError, match=r"cannot read|holds no figures"):
         page.read(file)

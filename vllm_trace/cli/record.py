@@ -43,6 +43,8 @@ def _record(arguments: argparse.Namespace) -> int:
         raise
     said = reports.describe_recording(run)
     print(f"vllm-trace: {said}", file=sys.stderr)
+    if options.shadow and "shadow: " not in said:
+        print("vllm-trace: the shadow compared no attention call", file=sys.stderr)
     document = {"schema": 1, "code": code, "trace": str(run.trace), "said": said}
     if beside is not None:
         told = beside.finish()

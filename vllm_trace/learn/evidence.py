@@ -346,23 +346,26 @@ def sizes(book: Book) -> list[str]:
 @evidence
 def timing(book: Book) -> list[str]:
     """Which steps took longest, and what the kernel's share was."""
-    timed = [s for s in book.steps if s.executed and s.called]
+    timed = [
+        (step, step.executed.forward_dur_ns, sum(step.called.dur_ns))
+        for step in book.steps
+        if step.executed and step.called
+    ]
     rows = []
-    for step in sorted(timed, key=lambda s: -s.executed.forward_dur_ns)[:6]:
-        kernel = sum(step.called.dur_ns)
+    for step, forward, kernel in sorted(timed, key=lambda each: -each[1])[:6]:
         longest, programs, parts = book.numbers_of_rule(step)
         rows.append(
             [
                 step.number,
                 step.num_tokens,
                 longest,
-                ms(step.executed.forward_dur_ns),
+                ms(forward),
                 ms(kernel),
                 f"{step.planned.variant}, {programs} x {parts}" if step.planned else "",
             ]
         )
     lines = table(["step", "tokens", "longest", "forward", "attention", "plan"], rows)
-    forward = sum(s.executed.forward_dur_ns for s in timed)
-    kernel = sum(sum(s.called.dur_ns) for s in timed)
+    forward = sum(each[1] for each in timed)
+    kernel = sum(each[2] for each in timed)
     share = f"{100 * kernel / forward:.0f} %" if forward else "unknown"
     return [*lines, "", f"attention took {share} of the forward passes of {len(timed)} steps"]

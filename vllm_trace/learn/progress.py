@@ -178,14 +178,14 @@ def _checked(document: Any) -> dict[str, Any]:
     """The fields of a progress file. Raises: ValueError when it is none."""
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ValueError("not a progress file of this version")
-    made = {}
+    made: dict[str, Any] = {}
     for name in _FIELDS:
         value = document.get(name)
         wanted = int if name == "seed" else dict
         inside = int if name == "attempts" else str
         if type(value) is not wanted:
             raise ValueError(f"{name} is {value!r}")
-        if wanted is dict and not all(type(v) is inside for v in value.values()):
+        if isinstance(value, dict) and not all(type(v) is inside for v in value.values()):
             raise ValueError(f"{name} holds something else")
         made[name] = value
     return made

@@ -352,8 +352,8 @@ def _full(module: Any, desk: Desk) -> None:
     memory.look("after the parent was freed")
     memory.append(2)
     memory.fork(2, 3)
+    before = memory.manager.get_block_table(3)
     try:
-        before = memory.manager.get_block_table(3)
         memory.append(3)
         memory.append(2)
         memory.fork(3, 4)

@@ -83,7 +83,7 @@ def _elsewhere(figures: dict[str, Any]) -> list[str]:
     return [
         f"## On another machine: {about['machine'].partition(',')[0]}",
         "",
-        f"`{about['command']}`, {about['date'][:10]}: {about['machine']}; vLLM {versions['vLLM']}, "
+        f"<code>{about['command']}</code>, {about['date'][:10]}: {about['machine']}; vLLM {versions['vLLM']}, "
         f"torch {versions['torch']}, {about['dtype']}, {about['budget']:,} tokens of KV cache.",
         "",
         *_throughput(figures["throughput"], about, head=False),

@@ -57,7 +57,9 @@ def anchors_of(text):
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem
+)
 def test_links_resolve(path):
     """Inside the repository; addresses of the web are looked at, not fetched."""
     text = path.read_text(encoding="utf-8")

@@ -182,7 +182,7 @@ def describe(trace: Trace, record: Record) -> str:
     parts = [
         f"{key}={_brief(value)}" for key, value in fields.items() if value not in (None, [], {})
     ]
-    return f"{record.number:>7} {kind:<18} {' '.join(parts)}"
+    return f"{record.number:>7} {kind:<18} {' '.join(parts)}".replace("\n", "\u240a")
 
 
 def _named(names: Mapping[int, str], given: Any) -> Any:

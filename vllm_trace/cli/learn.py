@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.errors import UsageError, VllmTraceError, unknown
 
 WORDS = ("check", "path", "read", "run", "see", "sources", "start")
@@ -46,10 +46,8 @@ def _learn(arguments: argparse.Namespace) -> int:
 
     progress = Progress.load()
     if progress.set_aside:
-        print(
-            f"vllm-trace: the progress file was damaged; it is kept as {progress.set_aside}, and a "
-            "new one begun",
-            file=sys.stderr,
+        say(
+            f"the progress file was damaged; it is kept as {progress.set_aside}, and a new one begun"
         )
     words: list[str] = list(arguments.words)
     if not words:
@@ -217,7 +215,7 @@ def _step(arguments: argparse.Namespace, progress: Any, name: str) -> int:
         try:
             function(arguments, progress, [one.name])
         except VllmTraceError as error:
-            print(f"vllm-trace: {error}\n  {error.hint}", file=sys.stderr)
+            say(str(error), error.hint)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
-from vllm_trace.cli.printing import print_json, print_text
+from vllm_trace.cli.printing import print_json, print_text, say
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
 from vllm_trace.options import ATTENTIONS, Options
@@ -106,11 +106,11 @@ def _run(arguments: argparse.Namespace) -> int:
             print_text(verdict(replays))
         print(f"Trace and summary: {run.folder}")
     if told is not None:
-        print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
+        say(told.text(run.folder))
     if options.shadow and not summary.shadow.num_calls:
-        print("vllm-trace: the shadow compared no attention call", file=sys.stderr)
+        say("the shadow compared no attention call")
     for failure in failures:
-        print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
+        say(f"{chosen.name} did not show it: {failure}")
     lost = told is not None and told.failed
     shadowed = summary.shadow.num_calls > 0 and not summary.shadow.num_beyond
     found = failures or lost or (options.shadow and not shadowed)

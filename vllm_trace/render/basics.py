@@ -21,7 +21,11 @@ MAX_NAME = 22
 def plain(what: RenderableType, width: int = 80) -> str:
     """As text for a file or a pipe: no colour, no blanks at the end of a line."""
     text = io.StringIO()
-    Console(file=text, width=width, highlight=False, color_system=None).print(what)
+    # Brackets and colons in a name are what they are.
+    console = Console(
+        file=text, width=width, color_system=None, highlight=False, markup=False, emoji=False
+    )
+    console.print(what)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
@@ -52,7 +56,8 @@ def size(num_bytes: float) -> str:
 
 
 def short_name(name: str, limit: int = MAX_NAME) -> str:
-    """A long name without its middle: ``cmpl-5d70e5a5…0-b2c81d3e``."""
+    """A long name without its middle, on one line: ``cmpl-5d70e5a5…0-b2c81d3e``."""
+    name = name.replace("\n", "\u240a")
     if len(name) <= limit:
         return name
     tail = limit // 2

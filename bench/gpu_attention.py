@@ -4,6 +4,7 @@
 
 Made for a CUDA machine with vLLM 0.20.2, in one process (the first engine takes seconds, the others one or two). On a
 machine without CUDA it runs the backends that are there. Writes ``attention.md``, ``attention.json`` and the traces.
+``VLLM_USE_V2_MODEL_RUNNER=1`` in the environment: the same on the V2 model runner (``attention-v2.md`` and ``.json``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "paged", "paged:vllm")
-SCENARIOS = ("hello", "prefix", "long")
+SCENARIOS = ("hello", "prefix", "long", "preempt")
 GRAPHS = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -224,8 +225,27 @@ def one_run(
             for r in replays
         ],
         "problems": summary.problems,
+        **worker_facts(folder),
         "tokens_digest": digest(outcome.token_ids),
     }
+
+
+def worker_facts(folder: Path) -> dict[str, Any]:
+    """What the workers told: batches with tables and slots, and how long forwards took on the device."""
+    from vllm_trace.events import SlotsMapped, StepExecuted
+    from vllm_trace.trace import read_trace
+
+    events = list(read_trace(folder).events())
+    taken = [e.device_dur_ns for e in events if type(e) is StepExecuted and e.device_dur_ns]
+    return {
+        "batches_seen": sum(type(e) is SlotsMapped for e in events),
+        "forwards_timed": len(taken),
+        "forward_median_us": round(statistics.median(taken) / 1e3, 1) if taken else None,
+    }
+
+
+def v2_runner() -> bool:
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0"
 
 
 def digest(token_ids: dict[str, list[tuple[int, ...]]]) -> str:
@@ -304,6 +324,7 @@ def about(asked: Any) -> dict[str, Any]:
         "date": datetime.now().isoformat(timespec="seconds"),
         "device": device,
         "copy_rate": asked.copy_rate,
+        "runner": "V2" if v2_runner() else "V1",
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -322,8 +343,9 @@ def _version(name: str) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    (folder / "attention.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-    (folder / "attention.md").write_text(markdown(found))
+    name = "attention-v2" if v2_runner() else "attention"
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    (folder / f"{name}.md").write_text(markdown(found))
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -334,10 +356,15 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"`{about['command']}`, {about['date']}: vLLM {about['vllm']}, torch {about['torch']},"
         f" Triton {about['triton']},"
-        f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes).",
+        f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes);"
+        f" model runner {about['runner']}.",
         "",
-        "| scenario | backend | steps | CUDA graphs | invariants | replay | V1 / V2 steps |",
-        "|---|---|---|---|---|---|---|",
+        "*Batches*: steps of which block tables and slots were recorded, and compared with the manager's by the"
+        " invariants and the replay. *Forward*: median time between events on the stream.",
+        "",
+        "| scenario | backend | steps | CUDA graphs | batches | forward, µs | as stated | invariants | replay"
+        " | V1 / V2 steps |",
+        "|---" * 10 + "|",
     ]
     for run in found["runs"]:
         replay = ", ".join(
@@ -348,6 +375,8 @@ def markdown(found: dict[str, Any]) -> str:
         title = run["scenario"] + (", shadow" if run["shadow"] else "")
         rule = f"{run['v1_steps']} / {run['v2_steps']}{would}"
         cells = [title, ", ".join(run["backends"]), str(run["steps"]), ", ".join(run["modes"])]
+        cells += [str(run["batches_seen"]), f"{run['forward_median_us'] or 0:.0f}"]
+        cells.append("no: " + "; ".join(run["not_shown"]) if run["not_shown"] else "yes")
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [

@@ -7,7 +7,9 @@ What vLLM changes before then (a reference count, a hash, a queue's length) is r
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -103,6 +105,9 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
         "long_prefill_token_threshold": limits.long_prefill_token_threshold,
+        "long_prefill_token_threshold_adaptive": bool(
+            getattr(limits, "long_prefill_token_threshold_adaptive", False)
+        ),
         "enable_chunked_prefill": bool(limits.enable_chunked_prefill),
         "enable_prefix_caching": bool(manager.enable_caching),
         "prefix_caching_hash_algo": str(cache.prefix_caching_hash_algo),
@@ -318,7 +323,7 @@ def blocks_wanted(
     """vLLM's own count of the free blocks that a refused call needed, made again: nothing has changed since.
 
     0 where its way of counting is another one; a refusal is told all the same.
-    Source: vLLM 0.32 and 0.33, ``KVCacheManager.allocate_slots``.
+    Source: vLLM 0.32 and 0.33, ``KVCacheManager.allocate_slots``; 0.20.2, ``can_fit_full_sequence``.
     """
     num_computed = request.num_computed_tokens + num_hit
     end = num_computed + num_new
@@ -326,23 +331,47 @@ def blocks_wanted(
     if whole:
         tokens = min(request.num_tokens, manager.max_model_len)
         goals.append((tokens, tokens, True))
+    given = {
+        "request_id": request.request_id,
+        "new_computed_blocks": (hits or manager.empty_kv_cache_blocks).blocks,
+        "num_encoder_tokens": 0,
+        "total_computed_tokens": num_computed,
+        "num_local_computed_tokens": num_computed,
+        "prefill_end": max(request.num_prompt_tokens, request.num_tokens - 1),
+    }
     try:
+        count = manager.coordinator.get_num_blocks_to_allocate
+        known = inspect.signature(count).parameters  # 0.20 lacks the last two
+        given = {name: value for name, value in given.items() if name in known}
         return max(
-            manager.coordinator.get_num_blocks_to_allocate(
-                request_id=request.request_id,
+            count(
                 num_tokens=num_tokens,
-                new_computed_blocks=(hits or manager.empty_kv_cache_blocks).blocks,
-                num_encoder_tokens=0,
-                total_computed_tokens=num_computed,
-                num_local_computed_tokens=num_computed,
                 num_tokens_main_model=num_main,
                 apply_admission_cap=capped,
-                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+                **given,
             )
             for num_tokens, num_main, capped in goals
         )
     except (AttributeError, TypeError):
         return 0
+
+
+@probe()
+def can_fit_full_sequence(
+    append, numbers, recorder, result, self, request, num_new_computed_tokens, new_computed_blocks
+):
+    if not result:
+        hit = num_new_computed_tokens
+        append(
+            SlotsRefused(
+                numbers[request.request_id],
+                min(request.num_tokens, self.max_model_len) - request.num_computed_tokens - hit,
+                hit,
+                self.block_pool.free_block_queue.num_free_blocks,
+                len(recorder.kept) if recorder.tight else -1,
+                blocks_wanted(self, request, 0, hit, new_computed_blocks, 0, True),
+            )
+        )
 
 
 @probe()
@@ -500,7 +529,7 @@ def schedule(append, recorder, next_step, result, started, ended, self):
                 waiting,
                 free,
                 kept,
-                *composition_of_step(recorder, result),
+                *composition_of_step(recorder, result, self.requests),
                 {},
                 kept_in_step(recorder, result),
             )
@@ -555,19 +584,25 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
                 waiting,
                 free,
                 0,
-                *composition_of_step(recorder, result),
+                *composition_of_step(recorder, result, self.requests),
             )
         )
 
 
-def composition_of_step(rec: Recorder, out: Any) -> tuple[Any, ...]:
-    """Requests, token counts, new, resumed, preempted, finished: of a ``SchedulerOutput``."""
+def composition_of_step(rec: Recorder, out: Any, known: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Requests, token counts, new, resumed, preempted, finished: of a ``SchedulerOutput``.
+
+    Resumed ones stand among the new ones where the V2 runner works. ``known``: the scheduler's requests by name.
+    """
     cached = out.scheduled_cached_reqs
+    first = [data.req_id for data in out.scheduled_new_reqs]
+    again = [name for name in first if known[name].num_preemptions]
+    again += [name for name in cached.req_ids if name in cached.resumed_req_ids]
     return (
         rec.numbers_of(out.num_scheduled_tokens),
         [*out.num_scheduled_tokens.values()],
-        rec.numbers_of(data.req_id for data in out.scheduled_new_reqs),
-        rec.numbers_of(r for r in cached.req_ids if r in cached.resumed_req_ids),
+        rec.numbers_of(name for name in first if name not in again),
+        rec.numbers_of(again),
         sorted(rec.numbers_of(out.preempted_req_ids or ())),
         sorted(rec.numbers_of(out.finished_req_ids)),
     )

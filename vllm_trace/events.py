@@ -136,7 +136,7 @@ class SlotsAllocated(Event, tag=7):
 
 
 class SlotsRefused(Event, tag=9):
-    """``allocate_slots`` returned None."""
+    """``allocate_slots`` returned None; or, in 0.20, ``can_fit_full_sequence`` said no to a waiting request."""
 
     kind: ClassVar[str] = "slots.refused"
     request: int

@@ -134,4 +134,6 @@ def describe_recording(run: Run) -> str:
     )
     for problem in summary.problems:
         told += f"\n  {problem}"
+    for line in render.shadow(summary):
+        told += f"\n  {line}"
     return f"{told}\n  vllm-trace show {shlex.quote(str(run.folder))}"

@@ -92,6 +92,10 @@ def start_engine(
     from vllm_trace.hooks import register
 
     register()
+    if attention != "engine":
+        from vllm_trace.backend import register_backend
+
+        register_backend(attention)  # also where nothing is recorded
     _let_vllm_look_at_llvmlite()
     asked = dict(engine_args or {})
     known = set(EngineArgs.__dataclass_fields__)
@@ -104,38 +108,20 @@ def start_engine(
         STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
     arguments["model"] = folder
-    if attention != "engine":
-        _check_attention(attention, arguments)
     if int(arguments.get("tensor_parallel_size", 1)) > 1:
         # Several workers on one NUMA node: vLLM wants to be told that this is meant.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         with _no_gc():
             llm = LLM(**arguments)
+    except UsageError:
+        raise  # of our attention, that it cannot do this
     except Exception as error:
         raise EngineError(
             f"vLLM did not start: {error}", hint=f"Engine arguments: {arguments}"
         ) from error
     _alive.append(llm)
     return llm, notes
-
-
-def _check_attention(attention: str, arguments: dict[str, Any]) -> None:
-    """Raise ``UsageError`` for what our backend cannot do, before an engine is made."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_trace.backend.support import demand
-
-    known = {name: v for name, v in arguments.items() if name in EngineArgs.__dataclass_fields__}
-    try:
-        with _no_gc():
-            config = EngineArgs(**known).create_engine_config()
-    except Exception as error:
-        raise EngineError(
-            f"vLLM does not take this configuration: {error}",
-            hint=f"Engine arguments: {arguments}",
-        ) from error
-    demand(attention, config)
 
 
 def _let_vllm_look_at_llvmlite() -> None:
@@ -166,10 +152,7 @@ def fit_to_platform(
 
     notes: list[str] = []
     asked = arguments.get("block_size")
-    if attention != "engine":
-        if not current_platform.is_cpu():
-            arguments["attention_backend"] = "CUSTOM"
-    elif asked and current_platform.is_cpu():
+    if attention == "engine" and asked and current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()

@@ -505,16 +505,18 @@ def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused])
 
     Who is refused in a step that preempts nobody is new, and asks after all that run.
     """
-    assert step.requests is not None
-    told = 0
-    placed = {call.request for call in calls}.intersection(step.requests)
-    step.num_kept = len(step.requests) - len(placed)
+    requests = step.requests
+    assert requests is not None
+    told, others = 0, []
     for call in calls:
-        if call.request in placed:
-            call.num_kept = step.requests.index(call.request) - told
+        if call.request in requests:
+            call.num_kept = requests.index(call.request) - told
             told += 1
         else:
-            call.num_kept = step.num_kept
+            others.append(call)
+    step.num_kept = len(requests) - told
+    for call in others:
+        call.num_kept = step.num_kept
 
 
 def tail_batches(data: bytes, num_frames: int) -> Iterator[bytes]:

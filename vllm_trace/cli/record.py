@@ -42,6 +42,8 @@ def _record(arguments: argparse.Namespace) -> int:
         raise
     said = reports.describe_recording(run)
     say(said)
+    if options.shadow and "shadow: " not in said:
+        say("the shadow compared no attention call")
     document = {"schema": 1, "code": code, "trace": str(run.trace), "said": said}
     if beside is not None:
         told = beside.finish()

@@ -18,7 +18,7 @@ from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
 from vllm_trace.cli.printing import print_json, print_text, say
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
-from vllm_trace.options import ATTENTIONS, Options
+from vllm_trace.options import Options
 
 
 def add(verb: AddVerb) -> None:
@@ -27,14 +27,6 @@ def add(verb: AddVerb) -> None:
     run.add_argument("--model", default="", help="a folder or hub name instead of the tiny model")
     run.add_argument(
         "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
-    )
-    run.add_argument(
-        "--attention",
-        default="",
-        help=f"{', '.join(ATTENTIONS)}: who computes it (default: engine)",
-    )
-    run.add_argument(
-        "--shadow", action="store_true", help="compute each attention call again, from scratch"
     )
     run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
     recording_flags(run)
@@ -51,9 +43,6 @@ def _run(arguments: argparse.Namespace) -> int:
     url = options.otlp
     if url:
         sidecar.check(url)
-    if arguments.attention:
-        options = replace(options, attention=arguments.attention)
-    options = replace(options, shadow=options.shadow or arguments.shadow).checked()
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()), otlp="")
     os.environ.pop("VTRACE_OTLP", None)  # the engine's processes need not start one of their own

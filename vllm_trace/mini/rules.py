@@ -71,8 +71,8 @@ class Rules:
     )
     whole_sequence_test_inside: bool = _since(
         "0.32.0",
-        "That test is part of allocate_slots, so who fails it shows as refused;"
-        " before, allocate_slots was not even called.",
+        "That test is part of allocate_slots, and who fails it is refused the chunk of this step;"
+        " before, it was a call of its own, about all that is left of the sequence.",
     )
     watermark: bool = _since(
         "0.32.0",

@@ -28,6 +28,8 @@ from .block_pool import Tell
 from .kv_cache_manager import KVCacheManager
 from .request import Request, RequestStatus
 
+POLICIES = ("fcfs", "priority")
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -43,8 +45,8 @@ class SchedulerConfig:
     async_scheduling: bool = False
 
     def __post_init__(self) -> None:
-        if self.policy not in ("fcfs", "priority"):
-            raise ValueError(f"unknown scheduling policy {self.policy!r}: fcfs or priority")
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {self.policy!r}: {' or '.join(POLICIES)}")
 
 
 @dataclass

@@ -83,7 +83,8 @@ def _show(arguments: argparse.Namespace) -> int:
     elif arguments.json:
         print_json(show.data(trace, arguments.view, wanted))
     else:
-        print_text(show.view(trace, arguments.view, wanted, 1 << 30 if arguments.all else 24))
+        limit = 1 << 30 if arguments.all else 24
+        print_text(show.view(trace, arguments.view, wanted, limit, console().width))
     # The whole summary has them in its own text.
     for problem in trace.problems if (arguments.view, wanted) != ("summary", show.Filter()) else ():
         say(problem)

@@ -108,6 +108,7 @@ def steps(rows: Sequence[Step], limit: int = MAX_ROWS) -> Table:
         "free",
         "",
         left=(9,),
+        spare=(3, 1, 7, 6, 2),
     )
     for step in shorten(rows, limit):
         if step is None:
@@ -137,7 +138,7 @@ def requests(rows: Sequence[RequestLife], limit: int = MAX_ROWS) -> Table:
     """One line a request, with its block table as logical → physical."""
     made = table(
         "request", "prompt", "hit", "out", "steps", "pre", "end", "logical → physical blocks",
-        left=(0, 6, 7),
+        left=(0, 6, 7), spare=(5, 4, 2, 6, 3),
     )  # fmt: skip
     for life in shorten(rows, limit):
         if life is None:

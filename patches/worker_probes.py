@@ -186,7 +186,16 @@ def step_executed_v2(
     calls = [call for call in calls if call.started_ns >= started]
     names, groups = forward.get("batch") or ([], [])
     requests = rec.numbers_of(names)
-    values = (event, runner, requests, groups, forward.get("plans", ()), calls, marks, gone)
+    values: tuple[Any, ...] = (
+        event,
+        runner,
+        requests,
+        groups,
+        forward.get("plans", ()),
+        calls,
+        marks,
+        gone,
+    )
     waited = [*marks, *(one for call in calls for one in call.marks)]
     if any(one is not None for one in waited):
         rec.defer_until(lambda wait: passed(waited, wait), step_finished_v2, *values)

@@ -32,7 +32,7 @@ ROOMS = {
     ),
     "mini": ([], ["torch", "triton", "numpy", "safetensors", "tokenizers"]),
     "checkpoints": (["errors", "options"], []),
-    "divergence": (["events", "mini", "trace"], []),
+    "divergence": (["events", "mini", "state", "trace"], []),
     "doctor": (["__init__", "errors", "hooks"], []),
     "explain": (["errors", "events", "state", "summary", "trace"], []),
     "record": (["errors", "options", "tracefile"], []),

@@ -229,6 +229,70 @@ def test_a_lost_tail_costs_what_was_in_it_and_no_more(tmp_path):
     writer.close({})
 
 
+def test_a_tail_that_was_emptied_while_it_was_read_is_not_believed(tmp_path, monkeypatch):
+    """The writer makes a frame between the last look at the file and the look at the tail."""
+    path = tmp_path / "a.vtrace"
+    writer = TraceWriter(path, HEADER, SMALL_TAIL)
+    numbers = iter(range(10**6))
+    writer.write(taken(next(numbers)))
+    reads = []
+
+    def read_tail(file, original=TraceFile._read_tail):
+        size, data = path.stat().st_size, original(file)
+        while len(reads) < 3 and path.stat().st_size == size:
+            writer.write(taken(next(numbers)))
+        reads.append(data)
+        return data
+
+    monkeypatch.setattr(TraceFile, "_read_tail", read_tail)
+    actual, _ = read(path)
+    assert taken(*range(next(numbers))) == actual
+    assert 4 == len(reads)
+    writer.close({})
+
+
+def test_a_reader_beside_a_writer_sees_all_that_was_written_before_it_began(tmp_path):
+    path = tmp_path / "a.vtrace"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(20):
+            for _ in range(150):
+                reported = int(child.stdout.readline())
+            actual, file = read(path)
+            every = [BlocksTaken([n * sign]) for n in range(len(actual)) for sign in (1, -1)]
+            assert len(actual) > 2 * reported
+            assert every[: len(actual)] == actual
+            assert "no footer" in file.truncated or "torn" in file.truncated
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_marks_of_a_whole_reading_outlive_one_that_was_broken_off(tmp_path):
+    path = tmp_path / "a.vtrace"
+    writer = write(path, [taken(n) for n in range(200)], close=False)
+    file = TraceFile(path)
+    next(file.events())
+    assert "" == file.truncated, "nothing is known before the first end"
+    file.finish()
+    next(file.events())
+    assert "no footer" in file.truncated
+    writer.close({"dropped": 3})
+    file.finish()
+    next(file.events())
+    assert ("", 3, 200) == (file.truncated, file.dropped, file.footer["num_events"])
+
+
+def test_a_batch_larger_than_a_reader_takes_is_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_trace.tracefile.MAX_RAW", 4000)
+    path = tmp_path / "a.vtrace"
+    write(path, [taken(1), taken(*range(2000)), taken(2)])
+    actual, file = read(path)
+    assert (taken(1, 2), 2000) == (actual, file.dropped)
+
+
 @pytest.mark.parametrize("some", [[], [taken(*range(60))] * 4], ids=["no events", "frames"])
 def test_a_file_cut_off_anywhere_is_read_as_far_as_it_goes(tmp_path, some):
     path = tmp_path / "a.vtrace"

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_trace.events import Event, to_dict
+from vllm_trace.events import (
+    BlocksFreed,
+    BlocksTaken,
+    BlocksTouched,
+    EngineConfigured,
+    Event,
+    to_dict,
+)
 from vllm_trace.mini.kv_cache_manager import KVCacheManager
+from vllm_trace.mini.rules import Rules
+from vllm_trace.state import NULL_BLOCK, KVState
 from vllm_trace.trace import Record, Trace
 
 CLASSES = ("order", "eviction", "hash", "off by one", "lost event", "configuration", "schedule")
 
+OF_BLOCKS = ("blocks.taken", "slots.allocated", "blocks.freed", "blocks.touched")
+"""Facts that are lists of block ids."""
+
 STORY = 12
 """Events told before a divergence."""
+
+LONG = {"sampling", "candidates", "settings", "request_id", "arrival_unix", "num_kept", "kept"}
+"""Fields that a story leaves out."""
+
+
+@dataclass
+class PoolState:
+    """The pool and the tables as one side has them after the call in which they differ."""
+
+    free_list: list[int] = field(default_factory=list)
+    """The free queue, the next to be handed out first."""
+    tables: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Block tables by request name."""
+    ref_cnts: dict[int, int] = field(default_factory=dict)
+    """Of blocks with a count above zero."""
 
 
 @dataclass
@@ -26,11 +53,9 @@ class Divergence:
     """One of ``CLASSES``."""
     recorded: str
     mini: str
-    free_list: list[int] = field(default_factory=list)
-    """``mini``'s free queue, the next to be handed out first."""
-    tables: dict[str, list[list[int]]] = field(default_factory=dict)
-    """``mini``'s block tables by request name."""
-    ref_cnts: dict[int, int] = field(default_factory=dict)
+    recorded_state: PoolState = field(default_factory=PoolState)
+    """What the events add up to."""
+    mini_state: PoolState = field(default_factory=PoolState)
     story: list[str] = field(default_factory=list)
     """The recorded events before it, oldest first."""
     script: str = ""
@@ -40,30 +65,77 @@ class Divergence:
         return asdict(self)
 
 
-def describe(difference: Any, manager: KVCacheManager, trace: Trace) -> Divergence:
-    """Put a difference into words, with ``mini``'s state as it is now; reads the trace up to it again."""
-    pool = manager.block_pool
+def describe(
+    difference: Any, manager: KVCacheManager, trace: Trace, process: int, last: int
+) -> Divergence:
+    """Put a difference into words, with the state of both sides; reads the trace up to it again.
+
+    ``last`` is the number of the last event of ``process`` that ``mini`` has taken part in.
+    """
     before: deque[Record] = deque(maxlen=STORY)
+    recorded = _Recorded(manager.rules)
     for record in trace.records():
-        if record.number > difference.number:
+        if record.number > max(difference.number, last):
             break
-        before.append(record)
+        if record.number <= difference.number:
+            before.append(record)
+        if record.process == process:
+            recorded.take(record.event)
+
+    def name(request: Any) -> str:
+        return trace.names.get(request, f"#{request}")
+
     return Divergence(
         event=difference.number,
         kind=classify(difference.recorded, difference.mini),
         recorded=_words(difference.recorded, trace),
         mini=_words(difference.mini, trace),
-        free_list=[block.block_id for block in pool.free_block_queue],
-        tables={
-            trace.names.get(request, f"#{request}"): [
-                [block.block_id for block in row] for row in manager.get_blocks(request)
-            ]
-            for request in manager.requests
-        },
-        ref_cnts={block.block_id: block.ref_cnt for block in pool.blocks if block.ref_cnt > 0},
+        recorded_state=recorded.state_by(name),
+        mini_state=_state_of(manager, name),
         story=[_line(record, trace) for record in before],
         script=script(manager, difference),
     )
+
+
+class _Recorded:
+    """The recorded side's pool, added up from its own events."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.unhashed_first = rules.unhashed_blocks_first
+        self.kv = KVState()
+        self.queue: OrderedDict[int, None] = OrderedDict()
+
+    def take(self, event: Event) -> None:
+        if type(event) is EngineConfigured:
+            self.queue = OrderedDict.fromkeys(range(1, event.num_blocks))
+        elif type(event) is BlocksTaken:
+            for block in event.blocks:
+                self.queue.pop(block, None)
+        elif type(event) is BlocksTouched:
+            for block, count in zip(event.blocks, event.ref_cnts):
+                if count == 1:
+                    self.queue.pop(block, None)
+        elif type(event) is BlocksFreed:
+            self._freed([b for b, n in zip(event.blocks, event.ref_cnts) if not n])
+        self.kv.apply(event)
+
+    def _freed(self, blocks: list[int]) -> None:
+        blocks = [block for block in blocks if block != NULL_BLOCK]
+        self.queue.update(dict.fromkeys(blocks))
+        if self.unhashed_first:
+            for block in reversed([block for block in blocks if block not in self.kv.hashes]):
+                self.queue.move_to_end(block, last=False)
+
+    def state_by(self, name: Any) -> PoolState:
+        tables = {name(request): rows for request, rows in self.kv.tables.items()}
+        return PoolState([*self.queue], tables, dict(self.kv.ref_cnts))
+
+
+def _state_of(manager: KVCacheManager, name: Any) -> PoolState:
+    pool = manager.block_pool
+    tables = {name(request): [*manager.get_block_ids(request)] for request in manager.requests}
+    counts = {b.block_id: b.ref_cnt for b in pool.blocks if b.ref_cnt > 0 and not b.is_null}
+    return PoolState([block.block_id for block in pool.free_block_queue], tables, counts)
 
 
 def classify(recorded: Any, mini: Any) -> str:
@@ -78,8 +150,8 @@ def classify(recorded: Any, mini: Any) -> str:
         return "hash"
     if kind == "block.evicted":
         return "eviction"
-    if kind in ("blocks.taken", "slots.allocated", "blocks.freed", "blocks.touched"):
-        theirs, ours = _ids(recorded), _ids(mini)
+    theirs, ours = _ids(recorded), _ids(mini)
+    if kind in OF_BLOCKS and theirs != ours:
         if sorted(theirs) == sorted(ours) or len(theirs) == len(ours):
             return "order"
         return "off by one"
@@ -111,11 +183,16 @@ def _line(record: Record, trace: Trace) -> str:
     event: Event = record.event
     fields = to_dict(event)
     kind = fields.pop("kind")
-    if "request" in fields:
-        fields["request"] = trace.names.get(fields["request"], fields["request"])
-    shown = {k: v for k, v in fields.items() if v not in (None, [], {}, ()) and "ns" not in k}
-    text = " ".join(f"{key}={value}" for key, value in shown.items())
-    return f"event {record.number}: {kind} {text}"[:240]
+    said = []
+    for key, value in fields.items():
+        if key in LONG or key.endswith("_ns") or value in (None, [], {}, ()):
+            continue
+        if key == "request":
+            value = trace.names.get(value, value)
+        if key.endswith("hashes"):
+            value = [f"{one:016x}"[-6:] for one in value]  # enough to tell them apart
+        said.append(f"{key}={value}".replace("'", ""))
+    return f"event {record.number}: {kind} {' '.join(said)}"[:240]
 
 
 def script(manager: KVCacheManager, difference: Any) -> str:

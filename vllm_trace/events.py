@@ -415,6 +415,13 @@ EVENT_TYPES: tuple[type[Event], ...] = get_args(AnyEvent)
 KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in EVENT_TYPES}
 
 
+def tag_of(event: type[Event]) -> int:
+    """The first number of the event's array on disk."""
+    tag = event.__struct_config__.tag
+    assert isinstance(tag, int)
+    return tag
+
+
 def to_dict(event: Event) -> dict[str, Any]:
     """Fields by name, ``kind`` first: the form of JSON lines and of tables."""
     return {"kind": event.kind} | {

@@ -130,7 +130,7 @@ def _let_vllm_look_at_llvmlite() -> None:
     llvmlite's handle of its library answers any name, this one too, with a function of the library.
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
-    handle = type(getattr(ffi, "lib", None))
+    handle: Any = type(getattr(ffi, "lib", None))
     found = vars(handle).get("__getattr__")
     if found is None or hasattr(found, "vllm_trace"):
         return
@@ -141,7 +141,7 @@ def _let_vllm_look_at_llvmlite() -> None:
         return found(self, name)
 
     only_functions.vllm_trace = True  # type: ignore[attr-defined]
-    handle.__getattr__ = only_functions  # type: ignore[attr-defined]
+    handle.__getattr__ = only_functions
 
 
 def fit_to_platform(

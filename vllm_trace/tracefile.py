@@ -44,6 +44,7 @@ from vllm_trace.events import (
     SlotsRefused,
     StepScheduled,
     StepUpdated,
+    tag_of,
 )
 from vllm_trace.packing import list_head
 
@@ -68,8 +69,8 @@ MAX_RAW = 64 * 1024 * 1024
 _STEADY = struct.Struct(">3sBIBQBQBIBIBI3sBIBQBQ")
 _put_steady = _STEADY.pack_into
 _U32, _U64 = 0xCE, 0xCF
-_STEADY_HEAD = bytes([0x92, 0x98, StepScheduled.__struct_config__.tag])
-_STEADY_MIDDLE = bytes([0x00, 0x94, StepUpdated.__struct_config__.tag])
+_STEADY_HEAD = bytes([0x92, 0x98, tag_of(StepScheduled)])
+_STEADY_MIDDLE = bytes([0x00, 0x94, tag_of(StepUpdated)])
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
@@ -174,7 +175,7 @@ class TraceWriter:
     def _write_around_tail(self, data: bytes, num_events: int) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
         self.flush_tail()
-        if self.failure:
+        if self.failure or SIZE.size + len(data) > MAX_RAW:  # no reader would take that frame
             self._drop(num_events)
         elif TAIL.size + 4 + len(data) > self._tail_end:
             if self._write_events(SIZE.pack(len(data)) + data):
@@ -260,8 +261,7 @@ def seal(path: Path, ended: str) -> bool:
         return False
     if file.footer or is_running(file.header.get("pid", 0)):
         return False
-    tail = path.with_name(path.name + TAIL_SUFFIX)
-    raw = b"".join(SIZE.pack(len(body)) + body for body in _tail_batches(tail, file.num_frames))
+    raw = b"".join(SIZE.pack(len(body)) + body for body in file.tail())
     footer = {"num_events": file.num_events, "dropped": file.dropped, "ended": ended}
     try:
         with open(path, "r+b") as out:
@@ -272,7 +272,7 @@ def seal(path: Path, ended: str) -> bool:
             out.write(_frame(b"F", msgspec.json.encode(footer), bytes))
     except OSError:
         return False
-    tail.unlink(missing_ok=True)
+    path.with_name(path.name + TAIL_SUFFIX).unlink(missing_ok=True)
     return True
 
 
@@ -312,6 +312,8 @@ class TraceFile:
         """Up to the end of the last whole frame that was read."""
         self._ended = False
         """The footer was read."""
+        self._tail = b""
+        """The file beside this one, as it was when the last whole frame had been read."""
         with open(path, "rb") as file:
             self.header = self._read_header(file)
             self._begin = file.tell()
@@ -367,19 +369,23 @@ class TraceFile:
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
+            tail_read_at = -1
             while not self._ended:
                 self.num_bytes = file.tell()
                 try:
-                    frame = read_frame(file, self.path)
+                    kind, body = read_frame(file, self.path)
                 except EOFError as error:
-                    self.truncated = str(error)
-                    break
-                kind, body = frame
+                    if tail_read_at != self.num_bytes:
+                        # A writer empties its tail only when the frame is in the file: what is read
+                        # of the tail is right if no frame has come by then.
+                        tail_read_at, self._tail = self.num_bytes, self._read_tail()
+                        file.seek(self.num_bytes)
+                        continue
+                    self._mark_unfinished(str(error))
+                    return
                 if kind == b"F":
                     self._read_footer(body)
-                    if self.footer.get("ended") == "killed":
-                        self.truncated = "the process was killed"
-                    self._ended = True
+                    self._ended, self._tail = True, b""
                 elif kind == b"E":
                     self.num_frames += 1
                     yield unzip(decompress, body, self.path, file)
@@ -387,9 +393,9 @@ class TraceFile:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
 
     def begin_reading(self) -> None:
-        """Forget what an earlier reading left."""
+        """Forget what an earlier reading counted; its marks hold until a reading comes to the end."""
         self.num_events, self.num_frames, self._ended = 0, 0, False
-        self.footer, self.dropped, self.truncated = {}, 0, ""
+        self._tail = b""
         self._requests: list[int] = []
         self._num_tokens: list[int] = []
         self._sizes: dict[int, int] = {}
@@ -398,12 +404,32 @@ class TraceFile:
         """Of the step that is being scheduled, without a count of the silent calls before them."""
         self._full = self.header.get("level") != "light"
 
+    def _read_tail(self) -> bytes:
+        try:
+            with open(self.path.with_name(self.path.name + TAIL_SUFFIX), "rb") as file:
+                return file.read(MAX_RAW)
+        except OSError:
+            return b""
+
+    def _mark_unfinished(self, torn: str) -> None:
+        """No footer: why, as far as the tail tells."""
+        self.footer, self.dropped = {}, 0
+        self.truncated = torn or "no footer: the process was killed or still runs"
+        if len(self._tail) >= TAIL.size and self._tail.startswith(MAGIC):
+            _, _, dropped, reason = TAIL.unpack_from(self._tail)
+            if dropped or reason.rstrip(b"\0"):
+                self.dropped = dropped
+                why = reason.rstrip(b"\0").decode(errors="replace")
+                self.truncated = f"could not be written on: {why}"
+
     def _read_footer(self, body: bytes) -> None:
         try:
             self.footer = msgspec.json.decode(body, type=dict[str, Any])
             self.dropped = int(self.footer.get("dropped", 0))
         except (*UNREADABLE, TypeError, ValueError, OverflowError):
             raise TraceError(f"{self.path} has an unreadable footer: it was damaged") from None
+        killed = self.footer.get("ended") == "killed"
+        self.truncated = "the process was killed" if killed else ""
 
     def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
@@ -420,7 +446,7 @@ class TraceFile:
             position += 4 + size
             yield self._whole(batch)
 
-    def _whole(self, batch: list[Event]) -> list[Event]:
+    def _whole(self, batch: list[Any]) -> list[Event]:
         """Count the batch and put back what a step has in common with the one before."""
         self.num_events += len(batch)
         for event in batch:
@@ -445,23 +471,8 @@ class TraceFile:
         return batch
 
     def tail(self) -> Iterator[bytes]:
-        """Yield the batches that were in no frame yet; none when the file has its footer."""
-        if self._ended:
-            return
-        self.truncated = self.truncated or "no footer: the process was killed or still runs"
-        tail = self.path.with_name(self.path.name + TAIL_SUFFIX)
-        try:
-            with open(tail, "rb") as file:
-                head = file.read(TAIL.size)
-        except OSError:
-            return
-        if len(head) == TAIL.size and head.startswith(MAGIC):
-            _, _, dropped, reason = TAIL.unpack(head)
-            if dropped or reason.rstrip(b"\0"):
-                self.dropped = dropped
-                why = reason.rstrip(b"\0").decode(errors="replace")
-                self.truncated = f"could not be written on: {why}"
-        yield from _tail_batches(tail, self.num_frames)
+        """Yield the batches that were in no frame yet, after ``frames``; none of a whole file."""
+        return tail_batches(self._tail, self.num_frames)
 
     def events(self) -> Iterator[Event]:
         """Yield every event in the order of the process."""
@@ -480,30 +491,30 @@ def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused])
 
     Who is refused in a step that preempts nobody is new, and asks after all that run.
     """
-    assert step.requests is not None
-    told = 0
-    placed = {call.request for call in calls}.intersection(step.requests)
-    step.num_kept = len(step.requests) - len(placed)
+    requests = step.requests
+    assert requests is not None
+    told, others = 0, []
     for call in calls:
-        if call.request in placed:
-            call.num_kept = step.requests.index(call.request) - told
+        if call.request in requests:
+            call.num_kept = requests.index(call.request) - told
             told += 1
         else:
-            call.num_kept = step.num_kept
+            others.append(call)
+    step.num_kept = len(requests) - told
+    for call in others:
+        call.num_kept = step.num_kept
 
 
-def _tail_batches(path: Path, num_frames: int) -> Iterator[bytes]:
+def tail_batches(data: bytes, num_frames: int) -> Iterator[bytes]:
     """Batches of a tail that was begun after ``num_frames`` event frames; none of another."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RAW)
-    except OSError:
-        return
     if len(data) < TAIL.size or not data.startswith(MAGIC):
         return
-    if TAIL.unpack_from(data)[1] != num_frames:
-        return
-    position = TAIL.size
+    if TAIL.unpack_from(data)[1] == num_frames:
+        yield from batches_in(data, TAIL.size)
+
+
+def batches_in(data: bytes, position: int) -> Iterator[bytes]:
+    """Bodies of the batches that lie whole in a part of a tail."""
     while position + SIZE.size <= len(data):
         (size,) = SIZE.unpack_from(data, position)
         body = data[position + SIZE.size : position + SIZE.size + size]

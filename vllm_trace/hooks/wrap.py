@@ -90,8 +90,9 @@ def make_wrapper(
 
 def _spell_out(signature: inspect.Signature, namespace: dict[str, Any]) -> tuple[str, str]:
     """The parameter list and the argument list of a forwarding call, as source."""
-    shown, call = [], []
-    last = inspect.Parameter.POSITIONAL_ONLY
+    shown: list[str] = []
+    call: list[str] = []
+    last: Any = inspect.Parameter.POSITIONAL_ONLY
     for name, parameter in signature.parameters.items():
         if last is parameter.POSITIONAL_ONLY and parameter.kind is not last and shown:
             shown.append("/")
@@ -129,7 +130,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef:
 
 
 def _body(function: Callable[..., None], indent: int) -> list[str]:
-    statements = _tree(function).body  # type: ignore[arg-type]
+    statements = _tree(function).body
     if isinstance(statements[0], ast.Expr) and isinstance(statements[0].value, ast.Constant):
         statements = statements[1:]
     for node in statements:
@@ -140,7 +141,7 @@ def _body(function: Callable[..., None], indent: int) -> list[str]:
 
 
 def _expression(function: Callable[..., Any]) -> str:
-    node = _tree(function).body[-1]  # type: ignore[arg-type]
+    node = _tree(function).body[-1]
     assert isinstance(node, ast.Return) and node.value is not None
     return ast.unparse(node.value)
 

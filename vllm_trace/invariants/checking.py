@@ -107,11 +107,11 @@ class _Engine:
         for judgement, rule in self.rules:
             if id(judgement) not in open_:
                 continue
-            for kind, before, name in judgement.invariant.handlers:
-                if kind == "end":
+            for wanted, before, method in judgement.invariant.handlers:
+                if wanted == "end":
                     continue
-                calls = self.plan.setdefault(KINDS[kind], [])
-                call = (getattr(rule, name) if name else rule, judgement)
+                calls = self.plan.setdefault(KINDS[wanted], [])
+                call = (getattr(rule, method) if method else rule, judgement)
                 # Before the books: in the order of the rules, so each goes where the books are.
                 places = [i for i, (_, owner) in enumerate(calls) if owner is None]
                 place = places[-1] if places else len(calls)

@@ -28,6 +28,8 @@ from .block_pool import Tell
 from .kv_cache_manager import KVCacheManager
 from .request import Request, RequestStatus
 
+POLICIES = ("fcfs", "priority")
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -42,9 +44,9 @@ class SchedulerConfig:
     scheduler_reserve_full_isl: bool = True
     async_scheduling: bool = False
 
-    def __post_init__(self):
-        if self.policy not in ("fcfs", "priority"):
-            raise ValueError(f"unknown scheduling policy {self.policy!r}: fcfs or priority")
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {self.policy!r}: {' or '.join(POLICIES)}")
 
 
 @dataclass

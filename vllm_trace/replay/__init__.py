@@ -23,6 +23,7 @@ from vllm_trace.divergence import Divergence, describe
 from vllm_trace.errors import TraceError
 from vllm_trace.events import BackendSelected, EngineConfigured
 from vllm_trace.mini.rules import rules_for
+from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.engine import EngineReplay
 from vllm_trace.replay.engines import Engines
@@ -78,29 +79,16 @@ def replay(trace: Trace, mode: str) -> Replayed:
         )
     engines = Engines()
     for segment in segments(trace):
-        result.num_events += len(segment.events)
-        kind = type(segment.events[0])
-        judging = not result.not_judged and not result.divergence
-        if kind is EngineConfigured and judging:
-            config: Any = segment.events[0]
-            result.not_judged += _unfollowed(config, trace)
-            if not result.not_judged:
-                engines.begin(segment.process, DRIVERS[mode](config, trace))
-                result.num_consumed += 1
-        elif kind is BackendSelected:
-            # Chosen before there is an engine; kept for people, not compared.
-            result.num_consumed += 1
-        elif _is_torn(segment, trace):
-            continue
-        elif judging and engines:
-            driver = engines.of(segment)
-            if driver is not None:
-                _run(driver, segment, result, trace)
-                result.not_judged += engines.confused(segment, result)
-            elif kind in OF_WORKERS and kind not in COMPARED_OF_WORKERS:
-                result.num_consumed += len(
-                    segment.events
-                )  # an idle rank keeps in step with the others
+        events, process = segment.events, segment.process
+        result.num_events += len(events)
+        if result.not_judged or result.divergence:
+            result.num_consumed += type(events[0]) is BackendSelected
+        elif type(events[-1]) in ENDS and process in engines.drivers:
+            _run(engines.drivers[process], segment, result, trace, engines)
+        else:
+            _take_apart(segment, result, trace, engines)
+    result.num_compared = sum(driver.num_compared for driver in engines.begun)
+    result.num_silent = sum(driver.num_silent for driver in engines.begun)
     if not engines and not result.not_judged:
         problems = trace.problems
         raise TraceError(
@@ -112,6 +100,28 @@ def replay(trace: Trace, mode: str) -> Replayed:
     return result
 
 
+def _take_apart(segment: Segment, result: Replayed, trace: Trace, engines: Engines) -> None:
+    """A segment that is not a schedule or an answer of an engine that is known."""
+    event: Any = segment.events[0]
+    kind = type(event)
+    if kind is EngineConfigured:
+        driver = DRIVERS[result.mode]
+        result.not_judged += _unfollowed(event, trace, driver)
+        if not result.not_judged:
+            engines.begin(segment.process, driver(event, trace))
+            result.num_consumed += 1
+    elif kind is BackendSelected:
+        # Chosen before there is an engine; kept for people, not compared.
+        result.num_consumed += 1
+    elif engines and not _is_torn(segment, trace):
+        found = engines.of(segment)
+        if found is not None:
+            _run(found, segment, result, trace, engines)
+        elif kind in OF_WORKERS and kind not in COMPARED_OF_WORKERS:
+            # An idle rank keeps in step with the others.
+            result.num_consumed += len(segment.events)
+
+
 def _is_torn(segment: Segment, trace: Trace) -> bool:
     """The last calls of a process whose file ends within them: what they came to is not known."""
     last = type(segment.events[-1])
@@ -119,21 +129,22 @@ def _is_torn(segment: Segment, trace: Trace) -> bool:
     return last not in ENDS and not of_a_worker and bool(trace.files[segment.process].truncated)
 
 
-def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> None:
-    compared, silent = driver.num_compared, driver.num_silent
+def _run(
+    driver: Replay, segment: Segment, result: Replayed, trace: Trace, engines: Engines
+) -> None:
     try:
         driver.take(segment)
-    except Diverged as difference:
-        result.divergence = describe(difference, driver.manager, trace)
+        result.num_consumed += len(segment.events)
+        return
+    except Diverged as found:
+        difference = found
     except Exception as error:
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
         difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
-        difference.number = segment.numbers[-1]
-        result.divergence = describe(difference, driver.manager, trace)
-    else:
-        result.num_consumed += len(segment.events)
-    result.num_compared += driver.num_compared - compared
-    result.num_silent += driver.num_silent - silent
+        difference.number = segment.numbers[driver.place]
+    last = segment.numbers[driver.place]
+    result.divergence = describe(difference, driver.manager, trace, segment.process, last)
+    result.not_judged += engines.confused(segment)
 
 
 def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
@@ -154,9 +165,16 @@ def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
     ]
 
 
-def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:
-    """What this engine has that ``mini`` does not follow."""
+def _unfollowed(event: EngineConfigured, trace: Trace, driver: type[Replay]) -> list[str]:
+    """What this engine has that ``mini`` does not follow, or what is not said of it."""
     said = []
+    unsaid = [name for name in driver.needs if name not in event.settings]
+    if unsaid:
+        said.append(
+            f"engine.configured does not say {', '.join(unsaid)}: mini cannot be set up like this engine"
+        )
+    if event.settings.get("policy", "fcfs") not in POLICIES:
+        said.append(f"scheduling policy {event.settings['policy']!r}: mini does not follow it")
     for group in event.groups:
         if group.kind not in ("FullAttentionSpec", "SlidingWindowSpec"):
             said.append(f"KV group of kind {group.kind}: mini does not follow it")

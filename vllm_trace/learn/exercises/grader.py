@@ -78,6 +78,8 @@ def _checks(name: str) -> list[Check]:
         if name == "ex2-triton":
             import triton.language  # noqa: F401
         from vllm_trace.learn.exercises import checks_kernels as home
+    elif name in ("ex8", "ex9"):
+        from vllm_trace.learn.exercises import checks_scheduler as home  # type: ignore[no-redef]
     else:
         from vllm_trace.learn.exercises import checks_blocks as home  # type: ignore[no-redef]
     return home.CHECKS[name]

@@ -68,7 +68,7 @@ def run_python(one: Any, path: Path, result: Any, progress: Progress) -> None:
     checks = [row for row in said if "title" in row]
     result.checks += checks
     result.notes += [row["note"] for row in said if "note" in row]
-    planned = next((row["checks"] for row in said if "checks" in row), [])
+    planned: list[Any] = next((row["checks"] for row in said if "checks" in row), [])
     at = planned[len(checks)] if len(checks) < len(planned) else "the file"
     result.left = max(0, len(planned) - len(checks))
     if any(not row["passed"] for row in checks):

@@ -27,7 +27,8 @@ def size_of(key_cache: Tensor, layout: str) -> tuple[int, int]:
     """Number of blocks and block size."""
     if layout == "split":
         return key_cache.shape[0], key_cache.shape[3]
-    return tuple(key_cache.permute(ORDER[layout]).shape[:2])
+    num_blocks, block_size = key_cache.permute(ORDER[layout]).shape[:2]
+    return num_blocks, block_size
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -495,10 +495,10 @@ def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused])
     assert requests is not None
     told, others = 0, []
     for call in calls:
-        if call.request in requests:
+        try:
             call.num_kept = requests.index(call.request) - told
             told += 1
-        else:
+        except ValueError:
             others.append(call)
     step.num_kept = len(requests) - told
     for call in others:

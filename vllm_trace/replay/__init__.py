@@ -78,13 +78,14 @@ def replay(trace: Trace, mode: str) -> Replayed:
             "level light: blocks and lookups were not recorded, so nothing can be compared"
         )
     engines = Engines()
+    drivers = engines.drivers
     for segment in segments(trace):
-        events, process = segment.events, segment.process
+        _, process, events = segment
         result.num_events += len(events)
         if result.not_judged or result.divergence:
             result.num_consumed += type(events[0]) is BackendSelected
-        elif type(events[-1]) in ENDS and process in engines.drivers:
-            _run(engines.drivers[process], segment, result, trace, engines)
+        elif process in drivers and type(events[-1]) in ENDS:
+            _run(drivers[process], segment, result, trace, engines)
         else:
             _take_apart(segment, result, trace, engines)
     result.num_compared = sum(driver.num_compared for driver in engines.begun)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
-from vllm_trace.cli.printing import print_json, print_text
+from vllm_trace.cli.printing import print_json, print_text, say
 from vllm_trace.errors import EngineError, HookError, UsageError, unknown
 
 
@@ -223,7 +223,7 @@ def _write(figures: dict[str, Any], folder: Path, page: Path | None) -> list[Pat
     try:
         plot(figures, written[1])
     except UsageError as error:
-        print(f"vllm-trace: no plots: {error}", file=sys.stderr)
+        say(f"no plots: {error}")
         written.pop()
     if page:
         written += [page, pages.write(figures, page)]

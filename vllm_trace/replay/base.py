@@ -20,8 +20,6 @@ from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
 from vllm_trace.trace import Trace
 
-get_fact = FACTS.get
-
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
 
@@ -80,20 +78,21 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        events, told, get_act = segment.events, self.told, self.acts.get
+        events, told, acts = segment.events, self.told, self.acts
         try:
             self.begin(segment)
-            for self.place, event in enumerate(events):
-                act = get_act(type(event))
+            for place, act in enumerate(map(acts.get, map(type, events))):
                 if act is not None:
-                    act(event)
+                    self.place = place
+                    act(events[place])
         except Exception as error:
             # What mini told before may differ already, and be the reason.
             self._compare(segment, ended=False)
             if isinstance(error, Diverged):
                 error.number = segment.numbers[self._place_of(error.event, events)]
             raise
-        expected = [fact(event) for event in events if (fact := get_fact(type(event)))]
+        facts = map(FACTS.get, map(type, events))
+        expected = [fact(event) for fact, event in zip(facts, events) if fact is not None]
         if told != expected:
             self._compare(segment, ended=True)
         self.num_compared += len(expected)

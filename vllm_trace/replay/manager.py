@@ -215,13 +215,17 @@ class ManagerReplay(Replay):
         if key is None or key == caller:
             return
         member = self.steady.members.get(key)
-        if member is not None:
+        if member is not None and self.steady.is_decoding(member):
             self.steady.call(member)
             return
         end, num_tokens = self._upcoming(self.place)[0], None
         if type(end) is StepScheduled:
             num_tokens = dict(zip(end.requests or (), end.num_tokens or ())).get(key)
-        self._call(key, num_tokens)
+        if member is not None and num_tokens is not None:
+            self.steady.call(member, num_tokens)
+        else:
+            self.steady.leave(key)
+            self._call(key, num_tokens)
 
     def _run_kept(self, count: int) -> None:
         """Make the first ``count`` of a schedule's silent calls, as far as they are not made."""

@@ -49,6 +49,11 @@ class Steady:
         self._look_again(member, self.num_scheduled + 2)
         return True
 
+    def is_decoding(self, member: Member) -> bool:
+        """Whether its last token is all that is left to compute; a chunk of a prompt may be one token too."""
+        computed, tokens = member.computed + self.num_scheduled, member.tokens + self.num_updated
+        return computed == tokens - 1
+
     def _look_again(self, member: Member, earliest: int) -> None:
         step = member.held.quiet_until - member.computed + 1
         if step < earliest:
@@ -63,7 +68,8 @@ class Steady:
     def due(self) -> list[Member]:
         """Whose quiet ends in the step that is being scheduled, and who was not called in it."""
         step = self.num_scheduled + 1
-        return [member for member in self._due.pop(step, ()) if member.due == step]
+        waiting = self._due.pop(step, None)
+        return [member for member in waiting if member.due == step] if waiting else []
 
     def leave(self, key: int) -> None:
         member = self.members.pop(key, None)

@@ -142,11 +142,13 @@ def test_the_fixture_judges_by_ones_own_and_says_what_broke(vllm_trace):
 
 
 @pytest.mark.slow
-def test_the_readme_s_test_with_an_engine_in_a_process_of_its_own(tmp_path):
+def test_the_readme_s_test_with_an_engine_in_a_process_of_its_own(tmp_path, monkeypatch):
     """As vLLM starts it by default: its process ends with the test, and the trace is whole."""
     pytest.importorskip("vllm", reason="vLLM is not installed: no engine to record")
     from vllm_trace.checkpoints import checkpoint
 
+    for name in ("TQDM_DISABLE", "VLLM_ENABLE_V1_MULTIPROCESSING"):  # the other tests' settings
+        monkeypatch.delenv(name, raising=False)
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     (text,) = [
         part for part in re.findall(r"```python\n(.*?)```", readme, re.S) if "def test_" in part

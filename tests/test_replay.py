@@ -1,13 +1,16 @@
 """Replay of the golden traces, where no vLLM is needed, and of traces that were tampered with."""
 
+import ast
 from pathlib import Path
 
 import msgspec
 import pytest
+from helpers import write_trace
 
 from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
+from vllm_trace.replay.segments import OF_WORKERS
 from vllm_trace.trace import Record, Trace, read_trace
 from vllm_trace.tracefile import TraceFile, TraceWriter
 
@@ -110,12 +113,25 @@ def test_the_first_divergence_is_found_and_classified(wanted):
     compile(found.script, "script", "exec")
 
 
-def test_the_script_of_a_divergence_runs_and_shows_both_sides(capsys):
-    name, change = TAMPERINGS["order"]
-    found = replay(Tampered(name, change), "manager").divergence
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wanted", [one for one in TAMPERINGS if one != "schedule"])
+def test_the_script_of_a_divergence_shows_it_again(wanted, mode, capsys):
+    """What mini did in the replay is among what it tells in the script."""
+    name, change = TAMPERINGS[wanted]
+    found = replay(Tampered(name, change), mode).divergence
     exec(compile(found.script, "script", "exec"), {})
-    shown = capsys.readouterr().out
-    assert "recorded:" in shown and "mini:" in shown and "next out:" in shown
+    *told, recorded, mini = capsys.readouterr().out.splitlines()
+    assert recorded.startswith("recorded: ") and mini.startswith("mini: ")
+    facts = [ast.literal_eval(line) for line in told if line.startswith("(")]
+    assert found.mini in [" ".join(map(str, fact)) for fact in facts]
+
+
+def test_the_script_of_another_plan_plans_the_step_again(capsys):
+    name, change = TAMPERINGS["schedule"]
+    found = replay(Tampered(name, change), "engine").divergence
+    exec(compile(found.script, "script", "exec"), {})
+    *_, planned, _, _ = capsys.readouterr().out.splitlines()
+    assert found.mini == f"scheduled tokens {[*ast.literal_eval(planned).values()]}"
 
 
 def swap_slots(event):
@@ -156,12 +172,14 @@ def test_a_setting_that_the_trace_does_not_say_is_one_line_and_no_pass(mode, nam
     ]
 
 
-def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path):
-    trace = read_trace(GOLD[0])
-    trace.files[0].header["role"] = "engine"
-    result = replay(trace, "manager")
-    assert result.divergence is None and not result.passed
-    assert "0 of 1 worker" in result.not_judged[0]
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path, inside):
+    """On a single CUDA device EngineCore is its own worker, and its file is the whole trace."""
+    told = [e for e in read_trace(GOLD[0]).events() if inside or type(e) not in OF_WORKERS]
+    path = write_trace(tmp_path, "engine", 1, [told[:9], [], told[9:]], vllm="0.32.0")
+    result = replay(read_trace(path), "manager")
+    assert result.divergence is None and inside == result.passed
+    assert inside or "0 of 1 worker" in result.not_judged[0]
 
 
 def test_a_trace_cut_before_its_engine_says_that_it_is_cut(tmp_path):

@@ -199,7 +199,12 @@ def run_workload(llm: Any, scenario: Scenario) -> Outcome:
 def stop_engine(llm: Any) -> None:
     """Shut the engine and its processes down; their traces can be closed then."""
     with _no_gc():
-        llm.llm_engine.engine_core.shutdown()
+        try:
+            llm.llm_engine.engine_core.shutdown()
+        except AttributeError as error:
+            # The worker of 0.20.2 asks its V2 model runner for a method that it lacks; nothing comes after it.
+            if "shutdown" not in str(error):
+                raise
 
 
 def warnings_of(log: Path) -> list[str]:

@@ -198,7 +198,7 @@ def _book(arguments: argparse.Namespace, progress: Any, one: Any) -> tuple[Any, 
     from vllm_trace.learn import book, runs
 
     if arguments.trace:
-        source = runs.Evidence(arguments.trace.name, arguments.trace, own=True)
+        source = runs.Evidence(arguments.trace.name, arguments.trace, own=True, given=True)
     else:
         source = runs.trace_of(progress, one.scenario)
     return book.read(source.open()), source

@@ -185,7 +185,9 @@ def _diff(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict())
     else:
         print_line(render(found))
-    return 1 if found.incomplete or not found.is_same else 0
+    if not found.is_same:
+        return 1
+    return 2 if found.incomplete else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -125,16 +125,16 @@ def describe_recording(run: Run) -> str:
             "environment? Try: vllm-trace doctor"
         )
     try:
-        summary = Summary.of(read_trace(run.trace))
+        engines = [Summary.of(trace) for trace in read_trace(run.trace).engines()]
     except TraceError as error:
         return f"a trace was written, but: {error}"
-    facts = summary.facts()
     told = (
-        f"{facts['requests']} requests, {facts['steps']} steps, {summary.num_events} events "
-        f"of {len(files)} processes"
+        f"{sum(len(engine.requests) for engine in engines)} requests, "
+        f"{sum(len(engine.steps) for engine in engines)} steps"
+        + (f" of {len(engines)} engines" if len(engines) > 1 else "")
+        + f", {sum(engine.num_events for engine in engines)} events of {len(files)} processes"
     )
-    for problem in summary.problems:
-        told += f"\n  {problem}"
-    for line in render.shadow(summary):
-        told += f"\n  {line}"
+    for engine in engines:
+        for line in [*engine.problems, *render.shadow(engine)]:
+            told += f"\n  {line}"
     return f"{told}\n  vllm-trace show {shlex.quote(str(run.folder))}"

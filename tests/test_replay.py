@@ -1,5 +1,6 @@
 """Replay of the golden traces, where no vLLM is needed, and of traces that were tampered with."""
 
+import ast
 from pathlib import Path
 
 import msgspec
@@ -112,12 +113,25 @@ def test_the_first_divergence_is_found_and_classified(wanted):
     compile(found.script, "script", "exec")
 
 
-def test_the_script_of_a_divergence_runs_and_shows_both_sides(capsys):
-    name, change = TAMPERINGS["order"]
-    found = replay(Tampered(name, change), "manager").divergence
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wanted", [one for one in TAMPERINGS if one != "schedule"])
+def test_the_script_of_a_divergence_shows_it_again(wanted, mode, capsys):
+    """What mini did in the replay is among what it tells in the script."""
+    name, change = TAMPERINGS[wanted]
+    found = replay(Tampered(name, change), mode).divergence
     exec(compile(found.script, "script", "exec"), {})
-    shown = capsys.readouterr().out
-    assert "recorded:" in shown and "mini:" in shown and "next out:" in shown
+    *told, recorded, mini = capsys.readouterr().out.splitlines()
+    assert recorded.startswith("recorded: ") and mini.startswith("mini: ")
+    facts = [ast.literal_eval(line) for line in told if line.startswith("(")]
+    assert found.mini in [" ".join(map(str, fact)) for fact in facts]
+
+
+def test_the_script_of_another_plan_plans_the_step_again(capsys):
+    name, change = TAMPERINGS["schedule"]
+    found = replay(Tampered(name, change), "engine").divergence
+    exec(compile(found.script, "script", "exec"), {})
+    *_, planned, _, _ = capsys.readouterr().out.splitlines()
+    assert found.mini == f"scheduled tokens {[*ast.literal_eval(planned).values()]}"
 
 
 def swap_slots(event):

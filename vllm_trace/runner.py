@@ -10,7 +10,9 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,7 +84,7 @@ def start_engine(
     """
     os.environ |= quiet_environment()
     try:
-        with _no_gc():
+        with _no_gc(), interrupts_wait():
             from vllm import LLM
             from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
@@ -303,6 +305,22 @@ def _beam_search(llm: Any, arrival: Arrival, outcome: Outcome) -> None:
     (output,) = llm.beam_search([prompt], params)
     outcome.token_ids[arrival.name] = [tuple(s.tokens) for s in output.sequences]
     outcome.texts[arrival.name] = [s.text or "" for s in output.sequences]
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes at the end of this: C++ that is being loaded does not survive a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

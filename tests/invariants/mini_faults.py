@@ -227,10 +227,12 @@ def _take_from_the_tail(popleft_n, once):
 
 
 def _keep_the_hash(evict, once):
-    def faulty(self, block):
-        block_hash, cached = block.block_hash, self.cached_block_hash_to_block[block.group_id]
-        evict(self, block)
-        cached.setdefault(block_hash, block)
+    def faulty(self, blocks):
+        blocks = [*blocks]
+        before = [(block, block.block_hash) for block in blocks if block.block_hash is not None]
+        evict(self, blocks)
+        for block, block_hash in before:
+            self.cached_block_hash_to_block[block.group_id].setdefault(block_hash, block)
 
     return faulty
 

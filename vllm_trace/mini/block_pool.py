@@ -188,10 +188,9 @@ class BlockPool:
         if num_blocks > queue.num_free_blocks:
             raise ValueError(f"{num_blocks} blocks wanted, {queue.num_free_blocks} are free")
         blocks = queue.popleft_n(num_blocks)
+        self._evict(blocks)
         for block in blocks:
             block.ref_cnt = 1
-            if block.block_hash is not None:
-                self._evict(block)
         if self.tell is not None and blocks:
             self.tell(("blocks.taken", [*map(block_id_of, blocks)]))
         return blocks
@@ -275,9 +274,7 @@ class BlockPool:
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Forget the hashes of these blocks. Owners keep them."""
-        for block_id in block_ids:
-            if self.blocks[block_id].block_hash is not None:
-                self._evict(self.blocks[block_id])
+        self._evict(self.blocks[block_id] for block_id in block_ids)
 
     def reset_prefix_cache(self) -> bool:
         """Forget every hash; the order of the free queue stays. False, and nothing done, while blocks are in use."""
@@ -290,16 +287,21 @@ class BlockPool:
             block.block_hash = None
         return True
 
-    def _evict(self, block: KVCacheBlock) -> None:
-        """Forget the hash of a block."""
-        block_hash, block.block_hash = block.block_hash, None
-        cached = self.cached_block_hash_to_block[block.group_id]
-        if cached.duplicates and block_hash in cached.duplicates:
-            cached.remove_duplicate(block_hash, block)
-        else:
-            del cached[block_hash]
-        if self.tell is not None:
-            self.tell(("block.evicted", block.block_id, [block_hash]))
+    def _evict(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Forget the hashes of those blocks that have one."""
+        maps, tell = self.cached_block_hash_to_block, self.tell
+        for block in blocks:
+            block_hash = block.block_hash
+            if block_hash is None:
+                continue
+            block.block_hash = None
+            cached = maps[block.group_id]
+            if cached.duplicates and block_hash in cached.duplicates:
+                cached.remove_duplicate(block_hash, block)
+            else:
+                del cached[block_hash]
+            if tell is not None:
+                tell(("block.evicted", block.block_id, [block_hash]))
 
 
 def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:

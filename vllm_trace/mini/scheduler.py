@@ -123,7 +123,7 @@ class Scheduler:
         threshold = self._long_prefill_threshold()
         token_budget = self._schedule_running(output, self.config.max_num_batched_tokens, threshold)
         # In a step that had to take blocks away nobody new is let in.
-        if not output.preempted_req_ids:
+        if self.waiting and not output.preempted_req_ids:
             self._schedule_waiting(output, token_budget, threshold)
         output.finished_req_ids, self.finished_req_ids = self.finished_req_ids, []
         self._update_after_schedule(output)

@@ -19,12 +19,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_trace.divergence import Divergence, describe
+from vllm_trace.divergence import Divergence
 from vllm_trace.errors import TraceError
 from vllm_trace.events import BackendSelected, EngineConfigured, StepExecuted
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
+from vllm_trace.replay.describe import describe
 from vllm_trace.replay.engine import EngineReplay
 from vllm_trace.replay.engines import Engines
 from vllm_trace.replay.manager import ManagerReplay
@@ -145,7 +146,8 @@ def _run(
         difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
         difference.number = segment.numbers[driver.place]
     last = segment.numbers[driver.place]
-    result.divergence = describe(difference, driver.manager, trace, segment.process, last)
+    whole_steps = result.mode == "engine"
+    result.divergence = describe(difference, driver, trace, segment.process, last, whole_steps)
     result.not_judged += engines.confused(segment)
 
 

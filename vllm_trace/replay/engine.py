@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from vllm_trace.events import (
@@ -19,9 +20,9 @@ from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
 from vllm_trace.replay.steady_scheduler import SteadyScheduler
 from vllm_trace.trace import Trace
 
+OF_A_PLAN = ("scheduled requests", "scheduled tokens")
 OF_A_STEP = (
-    "scheduled requests", "scheduled tokens", "new requests", "resumed requests", "preempted",
-    "running", "waiting", "free blocks",
+    "new requests", "resumed requests", "preempted", "running", "waiting", "free blocks",
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ class EngineReplay(Replay):
             ),
             tell=self.told.append,
         )
+        self.plan: tuple[Any, ...] = (None, None, None)
+        """The last step as ``mini`` planned it, its requests and their tokens as they were recorded."""
         self.outputs: dict[int, Any] = {}
         self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
@@ -77,15 +80,22 @@ class EngineReplay(Replay):
 
     def scheduled(self, event: StepScheduled) -> None:
         scheduler, output = self.scheduler, self.scheduler.schedule()
-        mine, preempted = output.num_scheduled_tokens, list[Any](output.preempted_req_ids)
+        plan = (output.num_scheduled_tokens, event.requests, event.num_tokens)
+        if all(map(is_, plan, self.plan)):
+            self.num_compared += 2  # both sides repeat the very plan that was equal before
+        else:
+            mine = plan[0]
+            planned = ([*mine], [*mine.values()])
+            self.require(event, OF_A_PLAN, (event.requests, event.num_tokens), planned)
+            self.plan = plan
         recorded = (
-            event.requests, event.num_tokens, event.new, event.resumed, event.preempted,
+            event.new, event.resumed, event.preempted,
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
+        preempted = list[Any](output.preempted_req_ids)
         made = (
-            [*mine], [*mine.values()], output.scheduled_new_reqs, output.scheduled_resumed_reqs,
-            sorted(preempted), len(scheduler.running), len(scheduler.waiting),
-            self.pool.free_block_queue.num_free_blocks,
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(preempted),
+            len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)
         self.num_silent += event.num_kept

@@ -33,7 +33,9 @@ class SteadyScheduler(Scheduler):
         """Nobody is steady: a step may be planned before the last one is answered, or a window may move."""
         self._ones: dict[Hashable, int] | None = None
         """One token for each of ``running`` in its order; None when they are others now."""
-        self._places: dict[Hashable, int] = {}
+        self._ranks: dict[Hashable, int] = {}
+        """Who was admitted when: ``running`` is in this order."""
+        self._num_admitted = 0
         self._awake: dict[Any, int] | None = None
         """Who else is in the plan that is being made, and their tokens; None when nobody is passed over."""
         self._ends: dict[int, list[Any]] = {}
@@ -63,9 +65,7 @@ class SteadyScheduler(Scheduler):
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
         if self._ones is None:
-            keys = [request.request_id for request in running]
-            self._ones = dict.fromkeys(keys, 1)
-            self._places = dict(zip(keys, range(len(keys))))
+            self._ones = dict.fromkeys([request.request_id for request in running], 1)
         planned = self._ones
         if others or self.waiting:
             planned = planned | others
@@ -73,7 +73,7 @@ class SteadyScheduler(Scheduler):
         self._awake = others
         asking = [member.key for member in due]
         asking += others
-        asking.sort(key=self._places.__getitem__)
+        asking.sort(key=self._ranks.__getitem__)
         for key in asking:
             member = members.get(key)
             if member is not None:
@@ -97,11 +97,15 @@ class SteadyScheduler(Scheduler):
         if not planned:
             return
         self.steady.num_scheduled += 1
-        if output.scheduled_new_reqs or output.scheduled_resumed_reqs:
-            self._ones = None
+        num_admitted = len(output.scheduled_new_reqs) + len(output.scheduled_resumed_reqs)
+        admitted = [*planned][len(planned) - num_admitted :] if num_admitted else []
+        for key in admitted:
+            self._num_admitted += 1
+            self._ranks[key] = self._num_admitted
         if awake is not None:
-            for key in (*output.scheduled_new_reqs, *output.scheduled_resumed_reqs):
-                awake[key] = planned[key]
+            if admitted:
+                awake |= {key: planned[key] for key in admitted}
+                self._ones = dict.fromkeys(planned, 1)
             output.num_scheduled_tokens = awake
         if awake != {}:
             super()._update_after_schedule(output)
@@ -139,18 +143,27 @@ class SteadyScheduler(Scheduler):
         output.num_scheduled_tokens = awake
         sampled = dict(zip(planned, counts)) if irregular else dict.fromkeys(awake, 1)
         finished = self.update_from_output(output, sampled, stops)
-        if finished:
-            self._ones = None
         for key in awake:
             self._settle_down(key)
+        if finished:
+            self._forget(finished)
         return finished
 
     def finish_requests(self, request_ids: Iterable[Hashable], reason: str = "abort") -> None:
         leaving = [*request_ids]
         for key in leaving:
             self._wake(key)
-        self._ones = None
         super().finish_requests(leaving, reason)
+        self._forget(leaving)
+
+    def _forget(self, gone: Iterable[Hashable]) -> None:
+        """They run no more."""
+        ones = None if self._ones is None else self._ones.copy()
+        for key in gone:
+            self._ranks.pop(key, None)
+            if ones is not None:
+                ones.pop(key, None)
+        self._ones = ones
 
     # Who is passed over -----------------------------------------------------------------
 

@@ -132,8 +132,8 @@ def _freed(event: RequestFreed, names: Names) -> str:
     return f"{_who(event.request, names)} has given its blocks back"
 
 
-def _noun(blocks: list[int]) -> str:
-    return "block" if len(blocks) == 1 else "blocks"
+def _noun(number: int) -> str:
+    return "block" if number == 1 else "blocks"
 
 
 def _tokens(number: int) -> str:
@@ -141,7 +141,7 @@ def _tokens(number: int) -> str:
 
 
 def _looked_up(event: PrefixLookedUp, names: Names) -> str:
-    hit = f"hits {event.num_hit_tokens} tokens in {_noun([b for row in event.blocks for b in row])} {_blocks(event.blocks)}"
+    hit = f"hits {event.num_hit_tokens} tokens in {_noun(sum(map(len, event.blocks)))} {_blocks(event.blocks)}"
     if not event.num_hit_tokens:
         hit = "hits nothing"
     return f"{_who(event.request, names)} looks its {event.num_tokens} tokens up and {hit}"
@@ -150,7 +150,7 @@ def _looked_up(event: PrefixLookedUp, names: Names) -> str:
 def _allocated(event: SlotsAllocated, names: Names) -> str:
     hits = f", hits {_blocks(event.hit_blocks)}" if any(event.hit_blocks) else ""
     return (
-        f"{_who(event.request, names)} gets {_noun([b for row in event.blocks for b in row])} {_blocks(event.blocks)}{hits} for "
+        f"{_who(event.request, names)} gets {_noun(sum(map(len, event.blocks)))} {_blocks(event.blocks)}{hits} for "
         f"{_tokens(event.num_new_tokens)}; {event.num_free_blocks} are free"
     )
 
@@ -165,13 +165,13 @@ def _refused(event: SlotsRefused, names: Names) -> str:
 
 def _counts(event: BlocksTouched | BlocksFreed, what: str) -> str:
     verb = "is" if len(event.blocks) == 1 else "are"
-    said = f"{_noun(event.blocks)} {_list(event.blocks)} {verb} {what}"
+    said = f"{_noun(len(event.blocks))} {_list(event.blocks)} {verb} {what}"
     return f"{said}, then count {_list(event.ref_cnts)} reference(s)"
 
 
 def _cached(event: BlocksCached, names: Names) -> str:
     return (
-        f"{_noun(event.blocks)} {_list(event.blocks)} can be hit, for {_who(event.request, names)} from position "
+        f"{_noun(len(event.blocks))} {_list(event.blocks)} can be hit, for {_who(event.request, names)} from position "
         f"{event.first} (group {event.group})"
     )
 
@@ -226,7 +226,7 @@ _TELL: dict[type[Event], Callable[[Any, Names], str]] = {
     SlotsAllocated: _allocated,
     SlotsRefused: _refused,
     BlocksTaken: lambda e, n: (
-        f"{_noun(e.blocks)} {_list(e.blocks)} {'is' if len(e.blocks) == 1 else 'are'} taken from the free queue"
+        f"{_noun(len(e.blocks))} {_list(e.blocks)} {'is' if len(e.blocks) == 1 else 'are'} taken from the free queue"
     ),
     BlockEvicted: lambda e, n: f"block {e.block} is evicted from the prefix cache",
     BlocksTouched: lambda e, n: _counts(e, "touched"),

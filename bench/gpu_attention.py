@@ -230,6 +230,19 @@ def one_run(
     }
 
 
+def same_tokens(runs: list[dict[str, Any]]) -> list[str]:
+    """Whether greedy tokens depend on the backend, the shadow or CUDA graphs."""
+    digests: dict[str, set[str]] = {}
+    for run in runs:
+        digests.setdefault(run["scenario"], set()).add(run["tokens_digest"])
+    differing = [name for name, found in digests.items() if len(found) > 1]
+    said = f"NOT the same in {', '.join(differing)}" if differing else "the same in every scenario"
+    return [
+        f"Greedy tokens (`tokens_digest`) with every backend, with the shadow and with CUDA graphs: {said}."
+        " Mode `none`: the last step of an asynchronous scheduler, where nothing is left to run."
+    ]
+
+
 def worker_facts(folder: Path) -> dict[str, Any]:
     """What the workers told: batches with tables and slots, and how long forwards took on the device."""
     from vllm_trace.events import SlotsMapped, StepExecuted
@@ -378,6 +391,7 @@ def markdown(found: dict[str, Any]) -> str:
         cells += [str(run["batches_seen"]), f"{run['forward_median_us'] or 0:.0f}"]
         cells.append("no: " + "; ".join(run["not_shown"]) if run["not_shown"] else "yes")
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
+    lines += ["", *same_tokens(found["runs"])]
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [
         "Medians over the steps. The models are tiny, so the stream is idle between launches and a"

@@ -16,6 +16,7 @@ ROOMS = {
     "__init__": ([], []),
     "__main__": (["cli"], []),
     "events": ([], ["msgspec"]),
+    "extending": (["errors"], []),
     "errors": ([], []),
     "options": (["errors"], []),
     "packing": (["events"], []),
@@ -55,13 +56,14 @@ ROOMS = {
         ["errors", "events", "hooks", "mini", "scenarios", "state", "trace", "tracefile"],
         ["tomli", "tomllib"],
     ),
-    "invariants": (["errors", "events", "trace", "tracefile"], ["pytest"]),
+    "invariants": (["errors", "events", "extending", "trace", "tracefile"], ["pytest"]),
     "export": (
         [
             "__init__",
             "errors",
             "events",
             "explain",
+            "extending",
             "growing",
             "options",
             "state",

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from helpers import write_trace
 
 from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
+from vllm_trace.replay.segments import OF_WORKERS
 from vllm_trace.trace import Record, Trace, read_trace
 from vllm_trace.tracefile import TraceFile, TraceWriter
 
@@ -170,12 +172,14 @@ def test_a_setting_that_the_trace_does_not_say_is_one_line_and_no_pass(mode, nam
     ]
 
 
-def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path):
-    trace = read_trace(GOLD[0])
-    trace.files[0].header["role"] = "engine"
-    result = replay(trace, "manager")
-    assert result.divergence is None and not result.passed
-    assert "0 of 1 worker" in result.not_judged[0]
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path, inside):
+    """On a single CUDA device EngineCore is its own worker, and its file is the whole trace."""
+    told = [e for e in read_trace(GOLD[0]).events() if inside or type(e) not in OF_WORKERS]
+    path = write_trace(tmp_path, "engine", 1, [told[:9], [], told[9:]], vllm="0.32.0")
+    result = replay(read_trace(path), "manager")
+    assert result.divergence is None and inside == result.passed
+    assert inside or "0 of 1 worker" in result.not_judged[0]
 
 
 def test_a_trace_cut_before_its_engine_says_that_it_is_cut(tmp_path):

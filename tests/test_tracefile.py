@@ -24,6 +24,8 @@ from vllm_trace.events import (
     SCHEMA_VERSION,
     BlocksFreed,
     BlocksTaken,
+    EngineConfigured,
+    KVGroup,
     RequestFreed,
     RequestSeen,
     SlotsAllocated,
@@ -508,6 +510,24 @@ def test_a_batch_that_no_writer_of_ours_made_is_damage(tmp_path, batch):
     events = []
     with pytest.raises(TraceError, match="is damaged after event 1"):
         events.extend(TraceFile(path).events())
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        EngineConfigured(1, 0, 16, 9, [], {}),
+        EngineConfigured(1, 16, 0, 9, [], {}),
+        EngineConfigured(1, 16, 16, 0, [], {}),
+        EngineConfigured(1, 16, 16, 1 << 40, [], {}),
+        EngineConfigured(1, 16, 16, 9, [KVGroup("FullAttentionSpec", -16, [])], {}),
+    ],
+    ids=["no tokens", "no hashed tokens", "no blocks", "a trillion blocks", "a group below zero"],
+)
+def test_an_engine_of_an_impossible_size_is_damage(tmp_path, event):
+    path = tmp_path / "a.vtrace"
+    write(path, [[event]])
+    with pytest.raises(TraceError, match="is damaged: an engine with"):
+        read(path)
 
 
 def test_a_batch_that_claims_more_bytes_than_the_frame_holds_is_damage(tmp_path):

@@ -103,11 +103,11 @@ def select(trace: Trace, wanted: Filter) -> Summary:
     return summary
 
 
-def view(trace: Trace, what: str, wanted: Filter, limit: int) -> RenderableType:
-    """One view of a trace as something that rich prints."""
+def view(trace: Trace, what: str, wanted: Filter, limit: int, width: int = 80) -> RenderableType:
+    """One view of a trace as something that rich prints, in ``width`` columns."""
     wanted.check(what)
     if what == "blocks":
-        return pool_map(trace, wanted)
+        return pool_map(trace, wanted, max(8, width - 16))
     if what == "summary" and wanted == Filter():
         return render.report(Summary.of(trace))
     summary = select(trace, wanted)
@@ -130,6 +130,9 @@ def data(trace: Trace, what: str, wanted: Filter) -> Any:
     told = select(trace, wanted).to_dict()
     if what == "summary":
         return told
+    if what == "kernels":
+        parts = ("kernels", "kernel_steps", "replayed_ns", "rule", "shadow", "problems")
+        return {"schema": 1} | {part: told[part] for part in parts}
     return {"schema": 1, what: told[what], "problems": told["problems"]}
 
 
@@ -182,7 +185,7 @@ def describe(trace: Trace, record: Record) -> str:
     parts = [
         f"{key}={_brief(value)}" for key, value in fields.items() if value not in (None, [], {})
     ]
-    return f"{record.number:>7} {kind:<18} {' '.join(parts)}"
+    return f"{record.number:>7} {kind:<18} {' '.join(parts)}".replace("\n", "\u240a")
 
 
 def _named(names: Mapping[int, str], given: Any) -> Any:

@@ -39,6 +39,7 @@ from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     SCHEMA_VERSION,
     AnyEvent,
+    EngineConfigured,
     Event,
     SlotsAllocated,
     SlotsRefused,
@@ -51,6 +52,9 @@ from vllm_trace.packing import list_head
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
 TAIL_SUFFIX = ".tail"
+
+MAX_BLOCKS = 1 << 24
+"""A pool that claims more is damage too: 16 times what the largest devices hold of the smallest models."""
 
 _FRAME = struct.Struct("<cIII")
 TAIL = struct.Struct("<8sQQ104s")
@@ -464,11 +468,21 @@ class TraceFile:
             elif kind is SlotsAllocated or kind is SlotsRefused:
                 if event.num_kept < 0:
                     self._calls.append(event)
+            elif kind is EngineConfigured:
+                self._check_sizes(event)
             elif kind is StepUpdated:
                 size = self._sizes.pop(event.step, None)
                 if event.num_output_tokens is None and size is not None and self._full:
                     event.num_output_tokens = [1] * size
         return batch
+
+    def _check_sizes(self, event: EngineConfigured) -> None:
+        """Everybody divides by a block's size and makes room for each block of the pool."""
+        sizes = [event.block_size, event.hash_block_size, *(g.block_size for g in event.groups)]
+        if min(sizes) < 1 or not 1 <= event.num_blocks <= MAX_BLOCKS:
+            raise TraceError(
+                f"{self.path} is damaged: an engine with {event.num_blocks} blocks of {min(sizes)} tokens"
+            )
 
     def tail(self) -> Iterator[bytes]:
         """Yield the batches that were in no frame yet, after ``frames``; none of a whole file."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli import learn_steps
 from vllm_trace.cli.parser import AddVerb
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.cli.talking import show
 from vllm_trace.errors import UsageError, unknown
 
@@ -45,10 +44,8 @@ def _learn(arguments: argparse.Namespace) -> int:
 
     progress = Progress.load()
     if progress.set_aside:
-        print(
-            f"vllm-trace: the progress file was damaged; it is kept as {progress.set_aside}, and a "
-            "new one begun",
-            file=sys.stderr,
+        say(
+            f"the progress file was damaged; it is kept as {progress.set_aside}, and a new one begun"
         )
     words: list[str] = list(arguments.words)
     if not words:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.cli.talking import show, talks, typed
 from vllm_trace.errors import UsageError, VllmTraceError, unknown
 
@@ -48,7 +47,7 @@ def step(arguments: argparse.Namespace, progress: Any, name: str) -> int:
         try:
             function(arguments, progress, [one.name])
         except VllmTraceError as error:
-            print(f"vllm-trace: {error}\n  {error.hint}", file=sys.stderr)
+            say(str(error), error.hint)
     return 0
 
 
@@ -199,7 +198,7 @@ def _book(arguments: argparse.Namespace, progress: Any, one: Any) -> tuple[Any, 
     from vllm_trace.learn import book, runs
 
     if arguments.trace:
-        source = runs.Evidence(arguments.trace.name, arguments.trace, own=True)
+        source = runs.Evidence(arguments.trace.name, arguments.trace, own=True, given=True)
     else:
         source = runs.trace_of(progress, one.scenario)
     return book.read(source.open()), source

@@ -19,6 +19,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=80)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # its verbs stand further in
+            self._action_max_length += self._indent_increment
+
 
 class Parser(argparse.ArgumentParser):
     """Names the nearest right word, and exits with 2."""

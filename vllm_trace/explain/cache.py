@@ -60,6 +60,25 @@ class Miss:
         return {key: value for key, value in asdict(self).items() if value not in (-1, "")}
 
 
+def first_miss(event: PrefixLookedUp, config: EngineConfigured) -> Miss:
+    """What a lookup tells by itself; ``cause`` is empty where only the cache's history can say it."""
+    unit = config.block_size
+    full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
+    got = event.num_hit_tokens // unit
+    miss = Miss("all hit", got, full)
+    if not config.settings.get("enable_prefix_caching", True):
+        miss.cause = "cache off"
+    elif full == 0:
+        miss.cause = "short"
+    elif got < hittable:
+        miss.cause, miss.index = "", got
+    elif full > hittable:
+        miss.cause, miss.index = "logits", hittable
+    if miss.index >= 0:
+        miss.first_token, miss.last_token = miss.index * unit, (miss.index + 1) * unit - 1
+    return miss
+
+
 @dataclass
 class _Copies:
     """Where one hash of one group can be hit, or how it was lost."""
@@ -160,26 +179,10 @@ class HashBook:
         config = self.config
         if config is None:
             return Miss("unknown", 0, 0)
-        unit = config.block_size
-        full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
-        got = event.num_hit_tokens // unit
-        miss = Miss("all hit", got, full)
-        if not config.settings.get("enable_prefix_caching", True):
-            miss.cause = "cache off"
-        elif full == 0:
-            miss.cause = "short"
-        elif got < hittable:
-            self._place(miss, got, unit)
-            self._examine(miss, config, unit)
-        elif full > hittable:
-            self._place(miss, hittable, unit)
-            miss.cause = "logits"
+        miss = first_miss(event, config)
+        if not miss.cause:
+            self._examine(miss, config, config.block_size)
         return miss
-
-    @staticmethod
-    def _place(miss: Miss, index: int, unit: int) -> None:
-        miss.index = index
-        miss.first_token, miss.last_token = index * unit, index * unit + unit - 1
 
     def _examine(self, miss: Miss, config: EngineConfigured, unit: int) -> None:
         """Look for the missing block in every group."""

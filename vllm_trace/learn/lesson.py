@@ -277,7 +277,7 @@ def _not_own(one: plan.Step, source: runs.Evidence) -> list[str]:
         return []
     if runs.has_vllm():
         return [f"(vllm-trace learn run {one.number} makes your own)"]
-    return wrap("(there is no vLLM here, so a golden trace that comes with the package stands in)")
+    return wrap("(no vLLM here: a golden trace that comes with the package stands in)")
 
 
 def asking(number: int, total: int, one: Question) -> list[str]:

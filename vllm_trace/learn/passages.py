@@ -196,7 +196,9 @@ def known_as(version: str) -> str:
 
 
 def of_step(number: int) -> list[Reference]:
-    return [one for one in references() if number in one.steps]
+    """References of a step; those that it shares with an earlier one come last."""
+    mine = [one for one in references() if number in one.steps]
+    return sorted(mine, key=lambda one: one.steps[0] != number)
 
 
 def begins_as_said(reference: Reference, passage: Passage, tree: Tree) -> bool:

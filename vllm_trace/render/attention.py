@@ -40,10 +40,10 @@ def kernels(rows: Sequence[Kernel], copy_rate: int = 0) -> Table:
     """Time by kernel and variant; with a measured copy rate the share of it that reading K and V reached."""
     if not copy_rate:
         columns = ("attention kernel", "variant", "steps", "calls", "total", "a call", "clock")
-        made = table(*columns, left=(0, 1, 6))
+        made = table(*columns, left=(0, 1, 6), spare=(6, 2, 3, 4))
     else:
         columns = ("attention kernel", "variant", "calls", "a call", "median", "of copy", "clock")
-        made = table(*columns, left=(0, 1, 6))
+        made = table(*columns, left=(0, 1, 6), spare=(6, 2, 4, 3))
         made.columns[0].overflow = "fold"
     for kernel in rows:
         mean = duration(kernel.total_ns / max(1, kernel.num_calls))
@@ -67,7 +67,7 @@ def kernel_steps(rows: Sequence[KernelStep], copy_rate: int = 0, limit: int = MA
     """One line a step and kernel: batch, context, time of a call, bytes of K and V."""
     made = table(
         "step", "kernel", "variant", "seqs", "longest", "a call", "K and V", "of copy",
-        left=(1, 2),
+        left=(1, 2), spare=(7, 6, 3, 4),
     )  # fmt: skip
     for row in shorten(rows, limit):
         if row is None:
@@ -91,7 +91,7 @@ def kernel_sizes(rows: Sequence[KernelStep], copy_rate: int = 0) -> Table:
     """The same added up by variant, batch and context, each to the next power of two."""
     made = table(
         "kernel", "variant", "seqs", "longest", "calls", "a call", "K and V", "of copy",
-        left=(0, 1),
+        left=(0, 1), spare=(7, 6, 4, 2),
     )  # fmt: skip
     sums: dict[tuple[str, str, int, int], KernelStep] = {}
     for row in rows:

@@ -6,9 +6,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 MAX_ROWS = 12
@@ -21,13 +22,54 @@ MAX_NAME = 22
 def plain(what: RenderableType, width: int = 80) -> str:
     """As text for a file or a pipe: no colour, no blanks at the end of a line."""
     text = io.StringIO()
-    Console(file=text, width=width, highlight=False, color_system=None).print(what)
+    # Brackets and colons in a name are what they are.
+    console = Console(
+        file=text, width=width, color_system=None, highlight=False, markup=False, emoji=False
+    )
+    console.print(what)
     return "".join(line.rstrip() + "\n" for line in text.getvalue().splitlines())
 
 
-def table(*columns: str, title: str = "", left: Sequence[int] = (0,)) -> Table:
-    """A plain table; columns are right-aligned but those whose index is in ``left``."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+class Fitted(Table):
+    """A table that leaves out columns, in the order of ``spare``, where there is no room for all of them."""
+
+    spare: Sequence[int] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        every, missing = self.columns, []
+        self.columns = list(every)
+        for index in self.spare:
+            if _room_for(self.columns) <= options.max_width:
+                break
+            self.columns.remove(every[index])
+            missing.append(str(every[index].header))
+        try:
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.columns = every
+        if missing:
+            yield Text(f"no room for: {', '.join(missing)}", style="dim")
+
+
+def _room_for(columns: Sequence[Column]) -> int:
+    """Characters that columns need: numbers whole, text in lines of a few words."""
+    widths = []
+    for column in columns:
+        cells = [column.header, *column.cells]
+        widest = max(cell_len(str(cell)) for cell in cells)
+        widths.append(widest if column.justify == "right" else min(widest, 12))
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def table(
+    *columns: str, title: str = "", left: Sequence[int] = (0,), spare: Sequence[int] = ()
+) -> Table:
+    """A plain table; columns are right-aligned but those whose index is in ``left``.
+
+    ``spare``: which columns a narrow terminal does without, the first one first.
+    """
+    made = Fitted(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    made.spare = spare
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index in left else "right", header_style="dim")
     return made
@@ -52,7 +94,8 @@ def size(num_bytes: float) -> str:
 
 
 def short_name(name: str, limit: int = MAX_NAME) -> str:
-    """A long name without its middle: ``cmpl-5d70e5a5…0-b2c81d3e``."""
+    """A long name without its middle, on one line: ``cmpl-5d70e5a5…0-b2c81d3e``."""
+    name = name.replace("\n", "\u240a")
     if len(name) <= limit:
         return name
     tail = limit // 2

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -56,16 +55,16 @@ def engine(summary: Summary) -> RenderableType:
         f" traced at level {header.get('level')}"
     ]
     if config:
-        model = str(config["model"]).rstrip("/").rsplit("/", 1)[-1]
+        model = str(config.get("model")).rstrip("/").rsplit("/", 1)[-1]
         lines.append(
-            f"{escape(model)} ({config['dtype']}): {config['num_blocks']} blocks of"
+            f"{model} ({config.get('dtype')}): {config['num_blocks']} blocks of"
             f" {config['block_size']} tokens (block 0 is the null block),"
-            f" prefix caching {'on' if config['enable_prefix_caching'] else 'off'}"
+            f" prefix caching {'on' if config.get('enable_prefix_caching') else 'off'}"
         )
         lines.append(
-            f"up to {config['max_num_seqs']} requests and {config['max_num_batched_tokens']}"
-            f" tokens a step, {config['policy']}"
-            + (", async scheduling" if config["async_scheduling"] else "")
+            f"up to {config.get('max_num_seqs')} requests and {config.get('max_num_batched_tokens')}"
+            f" tokens a step, {config.get('policy')}"
+            + (", async scheduling" if config.get("async_scheduling") else "")
         )
     for group in summary.groups if len(summary.groups) > 1 else ():
         window = f", window {group['sliding_window']}" if group["sliding_window"] else ""
@@ -73,27 +72,25 @@ def engine(summary: Summary) -> RenderableType:
             f"KV group of {group['num_layers']} layers: {group['kind']},"
             f" {group['block_size']} tokens a block{window}"
         )
-    for backend in summary.backends:
-        lines.append(_why(backend))
-    return Text.from_markup("\n".join(lines))
+    return Text("\n").join([*map(Text, lines), *map(_backend, summary.backends)])
 
 
-def _why(backend: dict[str, Any]) -> str:
-    sizes = ", ".join(backend["settings"].get("block_sizes", ()))
-    rejected = [c for c in backend["candidates"] if c[0] != backend["backend"]]
+def _backend(backend: dict[str, Any]) -> Text:
+    """Which backend so many layers got, and why."""
+    name, settings = backend["backend"], backend["settings"]
+    rejected = [f"{one}: {reason}" for one, reason in backend["candidates"] if one != name]
     if rejected:
-        why = "; ".join(f"{name}: {escape(reason)}" for name, reason in rejected)
-        why = f"chosen before {why}"
-    elif backend["backend"].startswith("CPU"):
+        why = f"chosen before {'; '.join(rejected)}"
+    elif name.startswith("CPU"):
         why = "the only one that the CPU platform has"
-    elif backend["settings"].get("asked_for") or backend["backend"].startswith("PAGED"):
+    elif settings.get("asked_for") or name.startswith("PAGED"):
         why = "asked for"
     else:
         why = "the first that was valid"
+    sizes = ", ".join(map(str, settings.get("block_sizes", ())))
     kinds = f"; takes blocks of {sizes}" if sizes else ""
-    return (
-        f"attention backend [bold]{backend['backend']}[/] for {len(backend['layers'])} layers"
-        f" ({escape(why)}{kinds})"
+    return Text.assemble(
+        "attention backend ", (name, "bold"), f" for {len(backend['layers'])} layers ({why}{kinds})"
     )
 
 
@@ -111,6 +108,7 @@ def steps(rows: Sequence[Step], limit: int = MAX_ROWS) -> Table:
         "free",
         "",
         left=(9,),
+        spare=(3, 1, 7, 6, 2),
     )
     for step in shorten(rows, limit):
         if step is None:
@@ -140,14 +138,14 @@ def requests(rows: Sequence[RequestLife], limit: int = MAX_ROWS) -> Table:
     """One line a request, with its block table as logical → physical."""
     made = table(
         "request", "prompt", "hit", "out", "steps", "pre", "end", "logical → physical blocks",
-        left=(0, 6, 7),
+        left=(0, 6, 7), spare=(5, 4, 2, 6, 3),
     )  # fmt: skip
     for life in shorten(rows, limit):
         if life is None:
             made.add_row("…")
             continue
         made.add_row(
-            escape(short_name(life.name)),
+            short_name(life.name),
             str(life.num_prompt_tokens),
             str(life.num_hit_tokens + life.num_resume_hit_tokens or "–"),
             str(life.num_output_tokens),

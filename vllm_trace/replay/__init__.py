@@ -21,7 +21,7 @@ from typing import Any
 
 from vllm_trace.divergence import Divergence
 from vllm_trace.errors import TraceError
-from vllm_trace.events import BackendSelected, EngineConfigured
+from vllm_trace.events import BackendSelected, EngineConfigured, StepExecuted
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
@@ -31,6 +31,7 @@ from vllm_trace.replay.engines import Engines
 from vllm_trace.replay.manager import ManagerReplay
 from vllm_trace.replay.segments import COMPARED_OF_WORKERS, ENDS, OF_WORKERS, Segment, segments
 from vllm_trace.trace import Trace
+from vllm_trace.tracefile import TraceFile
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
 MODES = tuple(DRIVERS)
@@ -160,12 +161,22 @@ def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
         * (each.settings.get("pipeline_parallel_size") or 1)
         for each in drivers
     )
-    if roles.count("worker") >= wanted:
+    traced = roles.count("worker")
+    if traced < wanted:
+        traced += sum(
+            role == "engine" and _runs_a_model(file) for role, file in zip(roles, trace.files)
+        )
+    if traced >= wanted:
         return []
     return [
-        f"{roles.count('worker')} of {wanted} worker processes are in the trace: the tables and slots"
+        f"{traced} of {wanted} worker processes are in the trace: the tables and slots"
         " of the others' kernels were not compared"
     ]
+
+
+def _runs_a_model(file: TraceFile) -> bool:
+    """Whether EngineCore is its own worker, as on a single CUDA device."""
+    return any(type(event) is StepExecuted for event in file.events())
 
 
 def _unfollowed(event: EngineConfigured, trace: Trace, driver: type[Replay]) -> list[str]:

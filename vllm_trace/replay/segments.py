@@ -78,6 +78,8 @@ def _of_one_process(trace: Trace) -> Iterator[Segment]:
     trace.names.clear()
     for batch in trace.files[0].batches():
         events = waiting + batch if waiting else batch
+        if not events:
+            continue  # whatever was captured made no event
         kinds = [*map(type, events)]
         if kinds[-1] is StepUpdated and kinds.count(StepUpdated) == 1 and ALONE.isdisjoint(kinds):
             cuts = [len(events)]

@@ -120,4 +120,7 @@ def explain(error: BaseException, path: Path) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    # As the module that the checks import: what they raise is its Failed, not this one's.
+    from vllm_trace.learn.exercises import grader
+
+    grader.main(*sys.argv[1:])

@@ -18,7 +18,6 @@ from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
-from vllm_trace.trace import Trace
 
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
@@ -43,7 +42,7 @@ class Replay:
 
     acts: dict[type[Event], Callable[[Any], object]]
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
+    def __init__(self, config: EngineConfigured, release: str) -> None:
         settings = config.settings
         self.settings = settings
         self.block_size = config.block_size
@@ -57,7 +56,7 @@ class Replay:
         self.requests: dict[int, Request] = {}
         self.num_hashes_told: dict[int, int] = {}
         """By arrivals and lookups; ``blocks.cached`` may have told some of them before."""
-        self.rules = rules_for(str(trace.header["vllm"]))
+        self.rules = rules_for(release)
         self.manager = KVCacheManager(
             config.num_blocks,
             [

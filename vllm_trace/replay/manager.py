@@ -34,14 +34,13 @@ from vllm_trace.replay.base import Replay
 from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
-from vllm_trace.trace import Trace
 
 
 class ManagerReplay(Replay):
     """Recorded calls drive the manager."""
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
-        super().__init__(config, trace)
+    def __init__(self, config: EngineConfigured, release: str) -> None:
+        super().__init__(config, release)
         self.whole = bool(self.settings.get("full_sequence_must_fit"))
         self.asynchronous = bool(self.settings.get("async_scheduling"))
         self.one_by_one = self.asynchronous or self.manager.has_windows

@@ -49,10 +49,12 @@ class Steady:
         self._look_again(member, self.num_scheduled + 2)
         return True
 
-    def is_decoding(self, member: Member) -> bool:
-        """Whether its last token is all that is left to compute; a chunk of a prompt may be one token too."""
-        computed, tokens = member.computed + self.num_scheduled, member.tokens + self.num_updated
-        return computed == tokens - 1
+    def decode(self, member: Member) -> bool:
+        """The same for one token, if that is all that is left to compute: a chunk of a prompt may be one token too."""
+        if member.computed + self.num_scheduled != member.tokens + self.num_updated - 1:
+            return False
+        self.call(member)
+        return True
 
     def _look_again(self, member: Member, earliest: int) -> None:
         step = member.held.quiet_until - member.computed + 1

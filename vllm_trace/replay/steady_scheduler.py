@@ -115,18 +115,20 @@ class SteadyScheduler(Scheduler):
             return
         self.steady.num_scheduled += 1
         num_admitted = len(output.scheduled_new_reqs) + len(output.scheduled_resumed_reqs)
-        admitted = [*planned][len(planned) - num_admitted :] if num_admitted else []
-        for key in admitted:
-            self._num_admitted += 1
-            self._ranks[key] = self._num_admitted
-        if awake is not None:
-            if admitted:
+        if num_admitted:
+            admitted = [*planned][-num_admitted:]
+            for key in admitted:
+                self._num_admitted += 1
+                self._ranks[key] = self._num_admitted
+            if awake is not None:
                 awake |= {key: planned[key] for key in admitted}
                 self._ones = dict.fromkeys(planned, 1)
-            output.num_scheduled_tokens = awake
-        if awake != {}:
+        if awake is None:
             super()._update_after_schedule(output)
-        output.num_scheduled_tokens = planned
+        elif awake:
+            output.num_scheduled_tokens = awake
+            super()._update_after_schedule(output)
+            output.num_scheduled_tokens = planned
 
     def _preempt_request(self, request: Request) -> None:
         lost = request.num_computed_tokens

@@ -279,7 +279,8 @@ decisions there are for an event; {per_event:.1f} here.
 
 *floor*: what any replay in Python costs at least. To read is to decode (msgspec) and put back what a step has in
 common with the one before; *mini alone* is the from-scratch scheduler and manager on the same arrivals and answers,
-events in memory, nobody told and nothing compared. The engine's replay is both one behind the other, and the comparison.
+events in memory, nobody told and nothing compared. The engine's replay is both, one behind the other, and the telling
+and comparing besides.
 
 *memory*: highest resident memory of a fresh process that reads a trace of that many events in one engine's life
 (`bench/long_trace.py`), and its CPU seconds.

@@ -290,9 +290,10 @@ def test_none_shared(tmp_path):
 
 def test_shorter_than_a_block(tmp_path):
     events = [*cached_by_a(), arrived(1, "b", 3), looked_up(1, 3)]
-    assert ("short", "prefix cache: nothing to look up: it is shorter than a block of 4 tokens") == cause(
-        tmp_path, events
-    )
+    assert (
+        "short",
+        "prefix cache: nothing to look up: it is shorter than a block of 4 tokens",
+    ) == cause(tmp_path, events)
 
 
 def test_cache_off(tmp_path):

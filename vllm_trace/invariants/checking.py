@@ -220,10 +220,21 @@ class _Judge:
     def _engine_of(self, process: int) -> _Engine | None:
         """Of a process without a scheduler: the engine that it works for, if that is known."""
         configured = [engine for engine in self._engines() if engine.configured]
-        if len(configured) != 1:
+        home = configured[0] if len(configured) == 1 else self._started_by(process)
+        if home is not None:
+            self.engines[process] = home
+        return home
+
+    def _started_by(self, process: int) -> _Engine | None:
+        """Of several engines the one whose process started this one, as its header tells."""
+        headers = [file.header for file in getattr(self.trace, "files", ())]
+        if not headers:
             return None
-        self.engines[process] = configured[0]
-        return configured[0]
+        host, parent = headers[process].get("host"), headers[process].get("parent")
+        for number, header in enumerate(headers):
+            if (header.get("host"), header.get("pid")) == (host, parent):
+                return self.engines.get(number)
+        return None
 
     def _go_on(
         self,

@@ -55,6 +55,9 @@ class SteadyScheduler(Scheduler):
         return super().schedule()
 
     def _schedule_running(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
+        if self.one_by_one:
+            self._awake = None
+            return super()._schedule_running(output, token_budget, threshold)
         members, due = self.steady.members, self.steady.due()
         num_free = self._queue.num_free_blocks
         left = token_budget - len(members)
@@ -81,7 +84,7 @@ class SteadyScheduler(Scheduler):
             if request.request_id not in members
         }
         left = token_budget - len(members) - sum(others.values())
-        if self.one_by_one or left < 0 or not self._all_fit(len(due), others):
+        if left < 0 or not self._all_fit(len(due), others):
             self._wake_all()
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)

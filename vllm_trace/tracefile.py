@@ -507,14 +507,15 @@ def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused])
     """
     requests = step.requests
     assert requests is not None
-    told, others = 0, []
+    told, placed, others = 0, set(), []
     for call in calls:
         try:
             call.num_kept = requests.index(call.request) - told
+            placed.add(call.request)
             told += 1
         except ValueError:
             others.append(call)
-    step.num_kept = len(requests) - told
+    step.num_kept = len(requests) - len(placed)
     for call in others:
         call.num_kept = step.num_kept
 

@@ -283,6 +283,7 @@ class Recorder:
             "vllm_trace": __version__,
             "role": process_role(),
             "pid": os.getpid(),
+            "parent": os.getppid(),
             "host": socket.gethostname(),
             "rank": self.rank,
             "level": self.options.level,

@@ -6,11 +6,11 @@ sequences, marks that turn the direction of text), so none of those reaches it f
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Iterable
 from typing import Any
+
+from vllm_trace.documents import as_json
 
 _OBEYED = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
@@ -64,19 +64,5 @@ def say(text: str, hint: str = "") -> None:
 
 
 def print_json(document: Any) -> None:
-    """One document, and nothing else. JSON has no word for what is no finite number: it is null."""
-    try:
-        text = json.dumps(document, indent=1, default=str, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(document), indent=1, default=str)
-    print(text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
+    """One document, and nothing else."""
+    print(as_json(document))

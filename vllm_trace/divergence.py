@@ -33,6 +33,8 @@ class Divergence:
     """One of ``CLASSES``."""
     recorded: str
     mini: str
+    note: str = ""
+    """Under which other release's rules both sides agree."""
     recorded_state: PoolState = field(default_factory=PoolState)
     """What the events add up to."""
     mini_state: PoolState = field(default_factory=PoolState)

@@ -52,6 +52,7 @@ def divergence(found: Divergence) -> RenderableType:
     facts.add_row("mini", Text(found.mini))
     return Group(
         Text(f"at event {found.event}, of class {found.kind!r}"),
+        *([Text(found.note)] if found.note else []),
         facts,
         Text("\nAfter that call:"),
         sides(found.recorded_state, found.mini_state),

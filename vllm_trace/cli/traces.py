@@ -118,7 +118,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         raise UsageError("replay needs a trace", hint="vllm-trace replay reports/preempt/latest")
     results = replay_all(arguments.trace, arguments.mode)
     if arguments.json:
-        print_json({"schema": 1, "replays": [result.to_dict() for result in results]})
+        print_json({"schema": 2, "replays": [result.to_dict() for result in results]})
     else:
         from vllm_trace.replay_view import verdict
 

@@ -52,10 +52,12 @@ class Miss:
     group: int = 0
     other: int = -1
     """Request with the same tokens under another salt or LoRA."""
+    under: str = ""
+    """What that request asked under."""
 
     def to_dict(self) -> dict[str, Any]:
         """Without what does not apply; requests stay numbers."""
-        return {key: value for key, value in asdict(self).items() if value != -1}
+        return {key: value for key, value in asdict(self).items() if value not in (-1, "")}
 
 
 def first_miss(event: PrefixLookedUp, config: EngineConfigured) -> Miss:
@@ -243,7 +245,10 @@ class HashBook:
                 continue
             if twin.lora != own.lora:
                 miss.cause, miss.other = "lora", twin.request
+                miss.under = f"with LoRA {twin.lora}" if twin.lora else "without a LoRA"
                 return
             if twin.salted or own.salted:
                 miss.cause, miss.other = "salt", twin.request
+                salt = "under another salt" if own.salted else "under a salt"
+                miss.under = salt if twin.salted else "without a salt"
                 return

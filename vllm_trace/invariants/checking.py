@@ -174,12 +174,13 @@ class _Judge:
     def run(self, label: str) -> Report:
         number, engines = 0, self.engines
         for process, batch in batches(self.trace):
+            engine = engines.get(process) or self._engine_of(process)
             for event in batch:
                 number += 1
                 kind = type(event)
                 if kind is EngineConfigured:
                     self._configured(number, process, event)
-                engine = engines.get(process) or self._engine_of(process)
+                    engine = engines[process]
                 if engine is None:
                     continue
                 calls = engine.plan.get(kind)

@@ -221,12 +221,18 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
+@cache
+def _parsed(path: Path) -> Iterable[ast.AST]:
+    """The statements of a file; none when it is no Python."""
+    try:
+        return ast.parse("\n".join(_lines(path))).body
+    except SyntaxError:
+        return ()
+
+
 def _in_python(path: Path, name: str) -> tuple[int, int] | None:
     """``Class.method``, ``function``, ``Class.field``, or ``function.variable`` set inside it."""
-    try:
-        body: Iterable[ast.AST] = ast.parse("\n".join(_lines(path))).body
-    except SyntaxError:
-        return None
+    body = _parsed(path)
     found: ast.AST | None = None
     for part in name.split("."):
         # The last definition counts: those before it are @overload or stand in a branch.

@@ -254,10 +254,11 @@ class BlockPool:
             full_blocks = [*compress(full_blocks, mask)]
             hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
+        first_under = cached.setdefault
         for block, block_hash in zip(full_blocks, hashes):
             block.block_hash = block_hash
             block.group_id = group_id
-            if cached.setdefault(block_hash, block) is not block:
+            if first_under(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:
             ids = [*map(block_id_of, full_blocks)]

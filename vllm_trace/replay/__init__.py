@@ -16,13 +16,13 @@ A replay that could not consume every event is not a pass, and says what it did 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_trace.divergence import Divergence
 from vllm_trace.errors import TraceError
 from vllm_trace.events import BackendSelected, EngineConfigured, StepExecuted
-from vllm_trace.mini.rules import rules_for
+from vllm_trace.mini.rules import KNOWN_RELEASES, rules_for
 from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
 from vllm_trace.replay.describe import describe
@@ -42,6 +42,8 @@ class Replayed:
     """What one replay found."""
 
     mode: str
+    release: str = ""
+    """Whose rules ``mini`` followed."""
     num_events: int = 0
     num_consumed: int = 0
     num_compared: int = 0
@@ -50,6 +52,8 @@ class Replayed:
     """Calls of ``allocate_slots`` that took no block and that the trace only counts: replayed too, and no events."""
     divergence: Divergence | None = None
     not_judged: list[str] = field(default_factory=list)
+    explained: bool = True
+    """A divergence is described with all that led to it; otherwise only its place is."""
 
     @property
     def passed(self) -> bool:
@@ -59,6 +63,7 @@ class Replayed:
     def to_dict(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
+            "release": self.release,
             "passed": self.passed,
             "events": self.num_events,
             "consumed": self.num_consumed,
@@ -69,12 +74,13 @@ class Replayed:
         }
 
 
-def replay(trace: Trace, mode: str) -> Replayed:
-    """Replay a trace in one mode.
+def replay(trace: Trace, mode: str, release: str = "") -> Replayed:
+    """Replay a trace in one mode, by the rules of the release that it was recorded with, or of another one.
 
     Raises: ``TraceError`` when the trace has no engine in it.
     """
-    result = Replayed(mode)
+    result = Replayed(mode, release or str(trace.header.get("vllm", "")))
+    result.explained = not release
     if trace.level == "light":
         result.not_judged.append(
             "level light: blocks and lookups were not recorded, so nothing can be compared"
@@ -100,7 +106,28 @@ def replay(trace: Trace, mode: str) -> Replayed:
         )
     result.not_judged += _missing_workers(trace, engines.all)
     result.not_judged += trace.problems
+    if result.divergence and result.explained:
+        _try_other_rules(result, trace)
     return result
+
+
+def _try_other_rules(result: Replayed, trace: Trace) -> None:
+    """Whether the engine did what another release does: then it is not the one that the trace says it is."""
+    found, own = result.divergence, rules_for(result.release)
+    assert found is not None
+    furthest, tried = found.event, [own]
+    for release in KNOWN_RELEASES:
+        rules = rules_for(release)
+        if any(replace(rules, release="") == replace(other, release="") for other in tried):
+            continue
+        tried.append(rules)
+        again = replay(trace, result.mode, release)
+        reached = again.divergence.event if again.divergence else again.num_events + 1
+        if reached > furthest:
+            furthest = reached
+            to = f"up to event {reached}" if again.divergence else "to the end"
+            found.kind = "configuration"
+            found.note = f"recorded with vLLM {result.release}, but by the rules of {release} both sides agree {to}"
 
 
 def _take_apart(segment: Segment, result: Replayed, trace: Trace, engines: Engines) -> None:
@@ -109,9 +136,9 @@ def _take_apart(segment: Segment, result: Replayed, trace: Trace, engines: Engin
     kind = type(event)
     if kind is EngineConfigured:
         driver = DRIVERS[result.mode]
-        result.not_judged += _unfollowed(event, trace, driver)
+        result.not_judged += _unfollowed(event, result.release, driver)
         if not result.not_judged:
-            engines.begin(segment.process, driver(event, trace))
+            engines.begin(segment.process, driver(event, result.release))
             result.num_consumed += 1
     elif kind is BackendSelected:
         # Chosen before there is an engine; kept for people, not compared.
@@ -145,6 +172,9 @@ def _run(
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
         difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
         difference.number = segment.numbers[driver.place]
+    if not result.explained:
+        result.divergence = Divergence(difference.number, "", "", "")
+        return
     last = segment.numbers[driver.place]
     whole_steps = result.mode == "engine"
     result.divergence = describe(difference, driver, trace, segment.process, last, whole_steps)
@@ -179,7 +209,7 @@ def _runs_a_model(file: TraceFile) -> bool:
     return any(type(event) is StepExecuted for event in file.events())
 
 
-def _unfollowed(event: EngineConfigured, trace: Trace, driver: type[Replay]) -> list[str]:
+def _unfollowed(event: EngineConfigured, release: str, driver: type[Replay]) -> list[str]:
     """What this engine has that ``mini`` does not follow, or what is not said of it."""
     said = []
     unsaid = [name for name in driver.needs if name not in event.settings]
@@ -196,9 +226,8 @@ def _unfollowed(event: EngineConfigured, trace: Trace, driver: type[Replay]) -> 
         said.append("KV groups of different block sizes: mini does not follow them")
     if event.settings.get("num_lookahead_tokens"):
         said.append("speculative decoding: mini does not follow it")
-    version = str(trace.header.get("vllm", ""))
     try:
-        rules_for(version)
+        rules_for(release)
     except ValueError as error:
         said.append(str(error))
     return said

@@ -18,7 +18,6 @@ from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
-from vllm_trace.trace import Trace
 
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
@@ -43,7 +42,7 @@ class Replay:
 
     acts: dict[type[Event], Callable[[Any], object]]
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
+    def __init__(self, config: EngineConfigured, release: str) -> None:
         settings = config.settings
         self.settings = settings
         self.block_size = config.block_size
@@ -57,7 +56,7 @@ class Replay:
         self.requests: dict[int, Request] = {}
         self.num_hashes_told: dict[int, int] = {}
         """By arrivals and lookups; ``blocks.cached`` may have told some of them before."""
-        self.rules = rules_for(str(trace.header["vllm"]))
+        self.rules = rules_for(release)
         self.manager = KVCacheManager(
             config.num_blocks,
             [
@@ -78,10 +77,11 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        events, told, acts = segment.events, self.told, self.acts
+        events, told = segment.events, self.told
+        kinds = [*map(type, events)]
         try:
             self.begin(segment)
-            for place, act in enumerate(map(acts.get, map(type, events))):
+            for place, act in enumerate(map(self.acts.get, kinds)):
                 if act is not None:
                     self.place = place
                     act(events[place])
@@ -91,8 +91,8 @@ class Replay:
             if isinstance(error, Diverged):
                 error.number = segment.numbers[self._place_of(error.event, events)]
             raise
-        facts = map(FACTS.get, map(type, events))
-        expected = [fact(event) for fact, event in zip(facts, events) if fact is not None]
+        facts = zip(map(FACTS.get, kinds), events)
+        expected = [fact(event) for fact, event in facts if fact is not None]
         if told != expected:
             self._compare(segment, ended=True)
         self.num_compared += len(expected)
@@ -160,6 +160,7 @@ class Replay:
         """The hashes of a request from the ``first`` on, of which some may be known."""
         request = self.requests.get(key)
         if request is not None:
-            num_known = len(request.block_hashes)
-            if first + len(hashes) > num_known:
-                request.block_hashes += hashes[max(0, num_known - first) :]
+            known = request.block_hashes
+            num_new = first + len(hashes) - len(known)
+            if num_new > 0:
+                known += hashes[-num_new:]

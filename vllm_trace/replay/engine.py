@@ -18,7 +18,6 @@ from vllm_trace.events import (
 from vllm_trace.mini.scheduler import SchedulerConfig
 from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
 from vllm_trace.replay.steady_scheduler import SteadyScheduler
-from vllm_trace.trace import Trace
 
 OF_A_PLAN = ("scheduled requests", "scheduled tokens")
 OF_A_STEP = (
@@ -34,8 +33,8 @@ class EngineReplay(Replay):
         "long_prefill_token_threshold", "full_sequence_must_fit", "async_scheduling",
     )  # fmt: skip
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
-        super().__init__(config, trace)
+    def __init__(self, config: EngineConfigured, release: str) -> None:
+        super().__init__(config, release)
         settings = self.settings
         self.scheduler = SteadyScheduler(
             self.manager,

@@ -34,14 +34,13 @@ from vllm_trace.replay.base import Replay
 from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
-from vllm_trace.trace import Trace
 
 
 class ManagerReplay(Replay):
     """Recorded calls drive the manager."""
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
-        super().__init__(config, trace)
+    def __init__(self, config: EngineConfigured, release: str) -> None:
+        super().__init__(config, release)
         self.whole = bool(self.settings.get("full_sequence_must_fit"))
         self.asynchronous = bool(self.settings.get("async_scheduling"))
         self.one_by_one = self.asynchronous or self.manager.has_windows
@@ -206,7 +205,8 @@ class ManagerReplay(Replay):
             place = next((i for i, (key, _) in enumerate(self.kept) if key == event.request), -1)
             self._run_kept(place + 1)
         elif self.filled != event.request:
-            self._fill()
+            if self.filled is not None:
+                self._fill()
             self.filled = event.request
 
     def _fill(self, caller: int | None = None) -> None:
@@ -215,8 +215,7 @@ class ManagerReplay(Replay):
         if key is None or key == caller:
             return
         member = self.steady.members.get(key)
-        if member is not None and self.steady.is_decoding(member):
-            self.steady.call(member)
+        if member is not None and self.steady.decode(member):
             return
         end, num_tokens = self._upcoming(self.place)[0], None
         if type(end) is StepScheduled:
@@ -246,8 +245,10 @@ class ManagerReplay(Replay):
     # Steps ------------------------------------------------------------------------------
 
     def scheduled(self, event: StepScheduled) -> None:
-        self._fill()
-        self._run_kept(len(self.kept))
+        if self.filled is not None:
+            self._fill()
+        if self.kept:
+            self._run_kept(len(self.kept))
         requests, counts = event.requests or [], event.num_tokens or []
         if self.steps and not self.one_by_one:
             self._overlap()

@@ -52,9 +52,11 @@ def segments(trace: Trace) -> Iterator[Segment]:
     Events of workers in another process are segments of their own; in the scheduler's process they
     stand between a schedule and its answer and stay there.
     """
-    if type(trace) is Trace and len(trace.files) == 1:
-        yield from _of_one_process(trace)
-        return
+    one = type(trace) is Trace and len(trace.files) == 1
+    return _of_one_process(trace) if one else _of_several(trace)
+
+
+def _of_several(trace: Trace) -> Iterator[Segment]:
     waiting: dict[int, Segment] = {}  # by process: several schedulers may run side by side
     for number, process, event in trace.records():
         kind = type(event)

@@ -9,10 +9,10 @@ from vllm_trace.mini.request import Request
 class Member:
     """One of them. ``computed`` and ``tokens`` are its counts less the steps scheduled and answered so far."""
 
-    __slots__ = ("key", "request", "held", "computed", "tokens", "due")
+    __slots__ = ("key", "request", "held", "rank", "computed", "tokens", "due")
 
-    def __init__(self, key: int, request: Request, held: RequestBlocks) -> None:
-        self.key, self.request, self.held = key, request, held
+    def __init__(self, key: int, request: Request, held: RequestBlocks, rank: int) -> None:
+        self.key, self.request, self.held, self.rank = key, request, held, rank
         self.computed = self.tokens = 0
         self.due = 0
         """The step in which its quiet may end; 0 when it is no member any more."""
@@ -32,9 +32,9 @@ class Steady:
         self._due: dict[int, list[Member]] = {}
         """Step → members to look at in it; a member that was looked at earlier has another step now."""
 
-    def join(self, key: int, request: Request, held: RequestBlocks) -> None:
+    def join(self, key: int, request: Request, held: RequestBlocks, rank: int = 0) -> None:
         """From the next step on. ``request`` has its counts as they are before it."""
-        member = self.members[key] = Member(key, request, held)
+        member = self.members[key] = Member(key, request, held, rank)
         member.computed = request.num_computed_tokens - self.num_scheduled
         member.tokens = request.num_tokens - self.num_updated
         self._look_again(member, self.num_scheduled + 1)
@@ -49,10 +49,12 @@ class Steady:
         self._look_again(member, self.num_scheduled + 2)
         return True
 
-    def is_decoding(self, member: Member) -> bool:
-        """Whether its last token is all that is left to compute; a chunk of a prompt may be one token too."""
-        computed, tokens = member.computed + self.num_scheduled, member.tokens + self.num_updated
-        return computed == tokens - 1
+    def decode(self, member: Member) -> bool:
+        """The same for one token, if that is all that is left to compute: a chunk of a prompt may be one token too."""
+        if member.computed + self.num_scheduled != member.tokens + self.num_updated - 1:
+            return False
+        self.call(member)
+        return True
 
     def _look_again(self, member: Member, earliest: int) -> None:
         step = member.held.quiet_until - member.computed + 1

@@ -9,13 +9,16 @@ else, and everybody in a step in which somebody may be refused, goes ``mini``'s 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from vllm_trace.mini.block_pool import Tell
 from vllm_trace.mini.kv_cache_manager import KVCacheManager
 from vllm_trace.mini.request import Request, RequestStatus
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from vllm_trace.replay.steady import Steady
+from vllm_trace.replay.steady import Member, Steady
+
+rank_of = attrgetter("rank")
 
 
 class SteadyScheduler(Scheduler):
@@ -29,6 +32,8 @@ class SteadyScheduler(Scheduler):
         super().__init__(manager, config)
         self._tell_preempted = tell
         self.steady = Steady(manager)
+        self._queue = manager.block_pool.free_block_queue
+        self._num_groups = len(manager.groups)
         self.one_by_one = config.async_scheduling or manager.has_windows
         """Nobody is steady: a step may be planned before the last one is answered, or a window may move."""
         self._ones: dict[Hashable, int] | None = None
@@ -50,37 +55,52 @@ class SteadyScheduler(Scheduler):
         return super().schedule()
 
     def _schedule_running(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
-        members, running = self.steady.members, self.running
-        others: dict[Any, int] = {}
-        if len(running) > len(members):
-            others = {
-                request.request_id: self._wanted_tokens(request, token_budget, threshold)
-                for request in running
-                if request.request_id not in members
-            }
-        due = self.steady.due()
+        if self.one_by_one:
+            self._awake = None
+            return super()._schedule_running(output, token_budget, threshold)
+        members, due = self.steady.members, self.steady.due()
+        num_free = self._queue.num_free_blocks
+        left = token_budget - len(members)
+        if left < 0 or len(members) < len(self.running) or len(due) * self._num_groups > num_free:
+            return self._schedule_apart(output, token_budget, threshold, due)
+        # Everybody decodes, and nobody can be refused.
+        planned = self._ones or self._all_ones()
+        output.num_scheduled_tokens = planned.copy() if self.waiting else planned
+        self._awake = {}
+        if len(due) > 1:
+            due.sort(key=rank_of)
+        for member in due:
+            self.steady.call(member)
+        return left
+
+    def _schedule_apart(
+        self, output: SchedulerOutput, token_budget: int, threshold: int, due: list[Member]
+    ) -> int:
+        """Beside the steady ones others run, or somebody may be refused: then nobody is passed over."""
+        members = self.steady.members
+        others: dict[Any, int] = {
+            request.request_id: self._wanted_tokens(request, token_budget, threshold)
+            for request in self.running
+            if request.request_id not in members
+        }
         left = token_budget - len(members) - sum(others.values())
-        if self.one_by_one or left < 0 or not self._all_fit(len(due), others):
+        if left < 0 or not self._all_fit(len(due), others):
             self._wake_all()
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
-        if self._ones is None:
-            self._ones = dict.fromkeys([request.request_id for request in running], 1)
-        planned = self._ones
-        if others or self.waiting:
-            planned = planned | others
-        output.num_scheduled_tokens = planned
+        output.num_scheduled_tokens = planned = (self._ones or self._all_ones()) | others
         self._awake = others
-        asking = [member.key for member in due]
-        asking += others
-        asking.sort(key=self._ranks.__getitem__)
-        for key in asking:
+        for key in sorted([*others, *(member.key for member in due)], key=self._ranks.__getitem__):
             member = members.get(key)
             if member is not None:
                 self.steady.call(member)
             else:
-                self.kv_cache_manager.allocate_slots(self.requests[key], others[key])
+                self.kv_cache_manager.allocate_slots(self.requests[key], planned[key])
         return left
+
+    def _all_ones(self) -> dict[Hashable, int]:
+        self._ones = dict.fromkeys([request.request_id for request in self.running], 1)
+        return self._ones
 
     def _all_fit(self, num_blocks: int, others: Mapping[Any, int]) -> bool:
         """Whether the pool has as many blocks (one for each that is due) and what the others need."""
@@ -98,18 +118,20 @@ class SteadyScheduler(Scheduler):
             return
         self.steady.num_scheduled += 1
         num_admitted = len(output.scheduled_new_reqs) + len(output.scheduled_resumed_reqs)
-        admitted = [*planned][len(planned) - num_admitted :] if num_admitted else []
-        for key in admitted:
-            self._num_admitted += 1
-            self._ranks[key] = self._num_admitted
-        if awake is not None:
-            if admitted:
+        if num_admitted:
+            admitted = [*planned][-num_admitted:]
+            for key in admitted:
+                self._num_admitted += 1
+                self._ranks[key] = self._num_admitted
+            if awake is not None:
                 awake |= {key: planned[key] for key in admitted}
                 self._ones = dict.fromkeys(planned, 1)
-            output.num_scheduled_tokens = awake
-        if awake != {}:
+        if awake is None:
             super()._update_after_schedule(output)
-        output.num_scheduled_tokens = planned
+        elif awake:
+            output.num_scheduled_tokens = awake
+            super()._update_after_schedule(output)
+            output.num_scheduled_tokens = planned
 
     def _preempt_request(self, request: Request) -> None:
         lost = request.num_computed_tokens
@@ -175,7 +197,7 @@ class SteadyScheduler(Scheduler):
         if request.num_computed_tokens != request.num_tokens - 1:
             return
         steady = self.steady
-        steady.join(key, request, self.kv_cache_manager.requests[key])
+        steady.join(key, request, self.kv_cache_manager.requests[key], self._ranks[key])
         limit = min(self.max_model_len, request.num_prompt_tokens + request.max_tokens)
         last = steady.num_updated + limit - request.num_tokens
         self._ends.setdefault(last, []).append(key)

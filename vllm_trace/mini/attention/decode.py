@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .layouts import Reader, Scale, size_of
-from .logits import Bend, by_token, weighted_sum
+from .logits import Bend, add_weighted_sum, by_token
 from .support import check_shapes, check_tables
 
 PARTITION_SIZE = 512  # tokens that one V2 partition covers
@@ -168,21 +168,23 @@ def _attend(
 
     Both walks over the cache go WALK tokens at a time, so that what is collected stays in a CPU's cache.
     """
+    if start >= end:
+        none = rows.new_zeros((*rows.shape[:2], 1))
+        return torch.zeros_like(rows), none, none
     own = table.new_tensor([position])
     parts = _parts(start, end, WALK)
-    logits = rows.new_empty((*rows.shape[:2], end - start))
-    for first, last in parts:
-        keys = reader.keys(table, first, last)
-        logits[..., first - start : last - start] = bend.logits(rows, keys, own, first)
-    largest = logits.amax(dim=-1, keepdim=True) if parts else rows.new_zeros((*rows.shape[:2], 1))
-    weights = torch.exp(logits - largest)
+    found = [bend.logits(rows, reader.keys(table, *part), own, part[0]) for part in parts]
+    logits = torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     weights /= total
-    found = torch.zeros_like(rows)  # of no tokens: zeros
+    out = torch.zeros_like(rows)
     for first, last in parts:
-        values = reader.values(table, first, last)
-        found += weighted_sum(weights[..., first - start : last - start], values)
-    return found, largest, total
+        add_weighted_sum(
+            out, weights[..., first - start : last - start], reader.values(table, first, last)
+        )
+    return out, largest, total
 
 
 def _parts(first: int, length: int, size: int) -> list[tuple[int, int]]:

@@ -42,6 +42,7 @@ class Checks {
     names.sort((one, other) => differ(one) - differ(other));
     const row = (title, left, right) => el(left === right ? "tr" : "tr.differs", {}, el("th", { text: title }), el("td.num", { text: left }), el("td.num", { text: right }));
     return el("div.box", { id: "divergence" }, el("h3", {}, `First divergence of the ${one.mode} replay, of class “${found.kind}”, at `, eventLink(found.event)),
+      found.note ? el("p", { text: found.note }) : "",
       el("div.sides", {}, side("recorded", found.recorded), side("mini", found.mini)),
       el("h3", { text: "Both sides after that call" }),
       el("div.wide", {}, el("table", {}, el("thead", {}, el("tr", {}, ["", "recorded", "mini"].map((text) => el("th", { text })))),

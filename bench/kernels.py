@@ -153,7 +153,8 @@ def markdown(facts: dict[str, str], figures: dict[str, Any]) -> str:
             lines.append(
                 f"| {row['dtype']} | {row['kv_bytes'] / 1e6:.0f} MB "
                 f"| {ms['vLLM']:.1f} | {ms['floor']:.1f} | {ms['V1']:.1f} | {ms['V2']:.1f} "
-                f"| {ratio['floor']:.2f}× | {ratio['V1']:.2f}× | {ratio['V2']:.2f}× | {target} | {row['differs']['V1']:.1e} |"
+                f"| {ratio['floor']:.2f}× | {ratio['V1']:.2f}× | {ratio['V2']:.2f}× | {target} "
+                f"| {row['differs']['V1']:.1e} |"
             )
         lines += [
             "",

@@ -513,6 +513,43 @@ def test_a_batch_that_no_writer_of_ours_made_is_damage(tmp_path, batch):
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pid": "1"},
+        {"pid": -1},
+        {"pid": 1 << 70},
+        {"role": None},
+        {"level": 7},
+        {"hooks": {}},
+        {"hooks": [{"state": "missing"}]},
+        {"hooks": [{"target": "a:b", "state": "missing", "without": []}]},
+        {"clock": {"unix_ns": "now"}},
+        {"torch": {}},
+        {"copy_rate": "fast"},
+    ],
+    ids=str,
+)
+def test_a_header_of_wrong_types_is_damage(tmp_path, wrong):
+    assert "FILE has an unreadable header: it was damaged" == error_of(
+        tmp_path, trace(header=HEADER | wrong)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dropped": -5}, {"dropped": "3"}, {"failures": 5}, {"failures": {"a": "b"}}, {"ended": 7}],
+    ids=str,
+)
+def test_a_footer_of_wrong_types_is_damage(tmp_path, wrong):
+    data = trace(frame(b"F", json.dumps(wrong).encode()))
+    assert "damaged" in error_of(tmp_path, data)
+    file = TraceFile(tmp_path / "a.vtrace")
+    with pytest.raises(TraceError):
+        file.finish()
+    assert {} == file.footer
+
+
+@pytest.mark.parametrize(
     "event",
     [
         EngineConfigured(1, 0, 16, 9, [], {}),

@@ -70,7 +70,8 @@ class Trace:
             said.append(f"{who}: truncated ({file.truncated})")
         for hook in file.header.get("hooks", ()):
             if hook["state"] in ("missing", "incompatible"):
-                said.append(f"{who}: {hook['target']} {hook['state']}: {hook['without']}")
+                without = hook.get("without", "what it tells is missing")
+                said.append(f"{who}: {hook['target']} {hook['state']}: {without}")
         for hook, times in file.footer.get("failures", {}).items():
             said.append(f"{who}: the probe of {hook} failed {times} times")
         return said

@@ -30,7 +30,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import zstandard
@@ -297,6 +297,45 @@ def is_running(pid: int) -> bool:
     return state not in "ZX"
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class _Hook(msgspec.Struct):
+    """What readers ask of a hook in the header."""
+
+    target: str
+    state: str
+    without: str = ""
+
+
+class _Header(msgspec.Struct):
+    """What readers ask of a header, of which any may be missing; the rest is for people."""
+
+    role: str = ""
+    pid: _Count = 0
+    parent: _Count = 0
+    host: str = ""
+    rank: _Count = 0
+    level: str = ""
+    vllm_trace: str = ""
+    vllm: str = ""
+    torch: str = ""
+    python: str = ""
+    platform: str = ""
+    clock: dict[str, _Count] = {}
+    hooks: list[_Hook] = []
+    copy_rate: float = 0
+
+
+class _Footer(msgspec.Struct):
+    """The same of a footer."""
+
+    num_events: _Count = 0
+    dropped: _Count = 0
+    failures: dict[str, _Count] = {}
+    ended: str = ""
+
+
 class TraceFile:
     """One process's file, open for reading.
 
@@ -337,10 +376,14 @@ class TraceFile:
         if kind != b"H":
             raise TraceError(f"{self.path} has no header: it was damaged")
         try:
-            header = msgspec.json.decode(body)
-            schema = int(header["schema"])
-        except (*UNREADABLE, KeyError, TypeError, ValueError, OverflowError):
-            raise TraceError(f"{self.path} has an unreadable header: it was damaged") from None
+            header = msgspec.json.decode(body, type=dict[str, Any])
+            schema = header["schema"] if type(header["schema"]) is int else None
+            if schema is not None and schema <= SCHEMA_VERSION:
+                msgspec.convert(header, _Header)
+        except (*UNREADABLE, KeyError):
+            schema = None
+        if schema is None:
+            raise TraceError(f"{self.path} has an unreadable header: it was damaged")
         if schema > SCHEMA_VERSION:
             raise TraceError(
                 f"{self.path} has schema {schema}; this vllm_trace reads up to {SCHEMA_VERSION}",
@@ -428,10 +471,11 @@ class TraceFile:
 
     def _read_footer(self, body: bytes) -> None:
         try:
-            self.footer = msgspec.json.decode(body, type=dict[str, Any])
-            self.dropped = int(self.footer.get("dropped", 0))
-        except (*UNREADABLE, TypeError, ValueError, OverflowError):
+            footer = msgspec.json.decode(body, type=dict[str, Any])
+            self.dropped = msgspec.convert(footer, _Footer).dropped
+        except UNREADABLE:
             raise TraceError(f"{self.path} has an unreadable footer: it was damaged") from None
+        self.footer = footer
         killed = self.footer.get("ended") == "killed"
         self.truncated = "the process was killed" if killed else ""
 

@@ -36,6 +36,7 @@ def measure(rounds: int = 15) -> dict[str, Any]:
     return dict(rows=rows, skipped=None)
 
 
+@torch.inference_mode()  # as vLLM's engine runs it
 def _row(dtype: torch.dtype, rounds: int, ops: Any, isa_of: Callable) -> dict[str, Any]:
     per_token = 2 * NUM_KV_HEADS * HEAD_SIZE * dtype.itemsize
     length = KV_BYTES // per_token // NUM_SEQS

@@ -275,7 +275,8 @@ CPU time over mini's, less what reading the clock costs, median of {repeat} repe
 CPU time of one core from the file to the verdict, median of the rounds and their spread. An *event* is what lies in the
 file as one. {silent:,} calls of `allocate_slots` took no block: the trace counts them and has no event of each; replay
 judges them all the same. A *decision* is an event or such a call. How many requests run is what decides how many
-decisions there are for an event; {per_event:.1f} here.
+decisions there are for an event; {per_event:.1f} here. Steps are answered before the next one is planned; where they
+overlap (async scheduling, pipelines), or windows move, every request is followed in every step, half as fast.
 
 *floor*: what any replay in Python costs at least. To read is to decode (msgspec) and put back what a step has in
 common with the one before; *mini alone* is the from-scratch scheduler and manager on the same arrivals and answers,

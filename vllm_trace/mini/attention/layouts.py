@@ -105,7 +105,7 @@ class Reader:
 def _needed(table: Tensor, start: int, end: int, block_size: int) -> tuple[Tensor, int]:
     """The blocks that hold the tokens, and where in the first of them `start` is."""
     first = start // block_size
-    return table[first : -(-end // block_size)].long(), start - first * block_size
+    return table[first : -(-end // block_size)], start - first * block_size
 
 
 def per_head(scale: Tensor) -> Tensor:

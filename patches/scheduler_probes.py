@@ -8,6 +8,7 @@ What vLLM changes before then (a reference count, a hash, a queue's length) is r
 from __future__ import annotations
 
 import os
+from itertools import compress
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -50,6 +51,7 @@ from vllm_trace.packing import (
     UPDATED,
     pack_allocated,
     pack_cached,
+    pack_grown,
     pack_scheduled,
     pack_taken,
     pack_updated,
@@ -243,7 +245,8 @@ def prefix_looked_up(
         "full_sequence_must_fit": False,
         "reserved_blocks": 0,
         "has_scheduled_reqs": False,
-    }
+    },
+    sleeps=True,
 )
 def allocate_slots(
     append,
@@ -373,8 +376,10 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 
 
 @probe()
-def get_new_blocks(append, num_blocks, result):
-    if num_blocks == 1:
+def get_new_blocks(append, recorder, num_blocks, result):
+    if recorder.quiet:
+        append(result)  # `slots_of_quiet_step` replaces it
+    elif num_blocks == 1:
         append(pack_taken(TAKEN, result[0].block_id))
     else:
         append(BlocksTaken([*map(id_of, result)]))
@@ -461,15 +466,42 @@ def reset_prefix_cache(append, result):
 # one that begins with fewer free blocks than it could ask for (``recorder.tight``).
 
 
-@probe()
-def schedule(append, recorder, next_step, result, started, ended, self):
+# A step is *quiet* when whoever is there decodes, nobody waits, and the pool cannot run short. Then no
+# call of ``allocate_slots`` is refused and most change nothing, so it sleeps: thirty wrapped calls
+# less. What was taken is still seen where it is taken, and whom it went to is what the scheduler tells
+# the workers (``new_block_ids``).
+
+
+def _fall_asleep(self, recorder):
+    return (
+        recorder.may_sleep
+        and not recorder.tight
+        and len(self.running) == len(self.requests) <= recorder.steady
+        and recorder.steady_of == id(self)
+        and recorder.begin_quiet()
+    ) or (recorder.quiet and recorder.end_quiet())
+
+
+@probe(before=_fall_asleep)
+def schedule(append, recorder, next_step, seen, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, waiting = len(self.running), len(self.waiting)
-    kept = len(recorder.kept) if recorder.tight else -1
+    if recorder.quiet:
+        recorder.end_quiet()
+        if recorder.pending:
+            slots_of_quiet_step(recorder, result, free)
+        kept = -1
+    else:
+        kept = len(recorder.kept) if recorder.tight else -1
     scheduled = len(result.num_scheduled_tokens)
     uniform = scheduled == running == result.total_num_scheduled_tokens
-    if uniform and scheduled == recorder.steady and not result.finished_req_ids:
+    if (
+        uniform
+        and scheduled == recorder.steady
+        and recorder.steady_of == id(self)
+        and not result.finished_req_ids
+    ):
         append(
             pack_scheduled(
                 SCHEDULED,
@@ -490,7 +522,6 @@ def schedule(append, recorder, next_step, result, started, ended, self):
         )
         recorder.tight = free < recorder.steady_need
     else:
-        recorder.steady = scheduled if uniform else -1
         append(
             StepScheduled(
                 step,
@@ -505,10 +536,72 @@ def schedule(append, recorder, next_step, result, started, ended, self):
                 kept_in_step(recorder, result),
             )
         )
-        recorder.steady_need, need = blocks_a_step_may_need(self)
-        recorder.tight = free < (recorder.steady_need if uniform else need)
+        note_composition(recorder, self, scheduled if uniform else -1, free)
     if recorder.kept:
         recorder.kept.clear()
+
+
+def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) -> None:
+    """Keep what the next steps are compared with: ``decoding`` requests, one token each; -1 if it is not so."""
+    # The last token of a prompt is one token too, and is followed by more.
+    if any(r.num_computed_tokens < r.num_tokens for r in scheduler.running):
+        decoding = -1
+    rec.steady, rec.steady_of = decoding, id(scheduler)
+    rec.steady_need, need = blocks_a_step_may_need(scheduler)
+    rec.tight = free < (need if decoding < 0 else rec.steady_need)
+    rec.may_sleep = decoding > 0 and grows_by_one_block(scheduler)
+
+
+def grows_by_one_block(scheduler: Any) -> bool:
+    """Whether a request that decodes takes at most one block, of one table, and gives none back."""
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    spec = groups[0].kv_cache_spec if len(groups) == 1 else None
+    return (
+        type(spec).__name__ == "FullAttentionSpec"
+        and not getattr(spec, "sliding_window", None)
+        and spec.block_size > 1
+        and not scheduler.num_lookahead_tokens
+        and not getattr(scheduler, "num_spec_tokens", 0)
+        and scheduler.connector is None
+    )
+
+
+def slots_of_quiet_step(rec: Recorder, out: Any, free: int) -> None:
+    """Say after each taking of blocks in a quiet step for whom ``allocate_slots`` took them."""
+    pending, cached = rec.pending, out.scheduled_cached_reqs
+    takings = [place for place, item in enumerate(pending) if type(item) is list]
+    takers = [*compress(cached.req_ids, cached.new_block_ids)]
+    if len(takings) != len(takers):
+        for place in takings:
+            pending[place] = BlocksTaken([*map(id_of, pending[place])])
+        return
+    for place, taker in zip(reversed(takings), reversed(takers)):
+        taken = pending[place]
+        if len(taken) == 1:
+            block, number = taken[0].block_id, rec.numbers[taker]
+            pending[place] = pack_grown(
+                TAKEN,
+                block,
+                ALLOCATED,
+                number,
+                U32,
+                1,
+                NO_HIT,
+                block,
+                NO_HIT_BLOCKS,
+                free,
+                I16,
+                -1,
+            )
+            rec.num_doubles += 1
+        else:
+            ids = [*map(id_of, taken)]
+            tokens = out.num_scheduled_tokens[taker]
+            pending[place : place + 1] = [
+                BlocksTaken(ids),
+                SlotsAllocated(rec.numbers[taker], tokens, 0, [ids], (), free, -1),
+            ]
+        free += len(taken)
 
 
 def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
@@ -540,12 +633,13 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
     if (
         uniform
         and scheduled == recorder.steady
+        and recorder.steady_of == id(self)
         and not result.finished_req_ids
         and not recorder.pending
     ):
         recorder.planned = (step, started, ended - started, running, waiting, free)
     else:
-        recorder.steady = scheduled if uniform else -1
+        recorder.steady, recorder.steady_of = scheduled if uniform else -1, id(self)
         append(
             StepScheduled(
                 step,

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from multiprocessing import current_process, util
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
 from vllm_trace.events import (
     SCHEMA_VERSION,
+    BlocksTaken,
     Event,
     ProbeFailed,
     RequestSeen,
@@ -78,6 +80,16 @@ class Recorder:
         """Blocks that a steady step may ask for."""
         self.steady = -1
         """How many requests decode in the steady steps that are going on; -1 when none are."""
+        self.steady_of = 0
+        """``id`` of the scheduler whose steps those are."""
+        self.may_sleep = False
+        """Its calls of ``allocate_slots`` can be told from what it returns, see ``slots_of_quiet_step``."""
+        self.quiet = False
+        """A step is being scheduled in which ``allocate_slots`` sleeps."""
+        self.num_doubles = 0
+        """How many of ``pending`` are two events each."""
+        self.sleepers: dict[str, tuple[FunctionType, CodeType, CodeType]] = {}
+        """Hooks that can sleep, by the name of their probe: the function, its code asleep and awake."""
         self.planned: tuple[int, ...] | None = None
         """Level light: fields of the ``step.scheduled`` of a steady step that is on its way."""
         self.write_steady_step: Callable[[tuple[int, ...], int, int], bool] = _cannot_write
@@ -124,8 +136,29 @@ class Recorder:
         self.numbers.clear()
         self._finished.clear()
         self.steady, self.planned, self.tight = -1, None, True
+        self.num_doubles = 0
+        if self.quiet:
+            self.end_quiet()
         self.state.clear()
         self.waiting.clear()
+
+    # Hooks that sleep -----------------------------------------------------------------
+
+    def begin_quiet(self) -> bool:
+        """Have ``allocate_slots`` run as if it were not hooked; whether it can be had."""
+        sleeper = self.sleepers.get("allocate_slots")
+        if sleeper is None:
+            return False
+        function, asleep, _ = sleeper
+        function.__code__ = asleep
+        self.quiet = True
+        return True
+
+    def end_quiet(self) -> None:
+        """Have it watched again, after the step or when the step was cut off by an error."""
+        function, _, awake = self.sleepers["allocate_slots"]
+        function.__code__ = awake
+        self.quiet = False
 
     # Requests -------------------------------------------------------------------------
 
@@ -206,20 +239,21 @@ class Recorder:
             if self._plain or self._prepare():
                 writer = self.writer
                 assert writer is not None
-                number = len(pending)
+                number = len(pending) + self.num_doubles
                 try:
                     data = b"".join(pending)
                 except TypeError:  # not only bytes
-                    data = b"".join(map(encoded, pending))
+                    data = b"".join(map(_encoded, pending))
                 writer.write_encoded(list_head(number) + data, number)
                 if writer.failure:
                     self._tell_failure()
         except Exception as error:
             failed = error
             if self.writer is not None:
-                self.writer.dropped += len(pending)
+                self.writer.dropped += len(pending) + self.num_doubles
         finally:
             pending.clear()
+            self.num_doubles = 0
         if failed is not None:
             self.probe_failed("the recorder's flush", failed)
 
@@ -331,6 +365,12 @@ class Recorder:
             # A closed stderr is no reason to raise in a hooked call.
             with contextlib.suppress(Exception):
                 print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
+
+
+def _encoded(item: Any) -> bytes:
+    if type(item) is list:  # of a quiet step that an error cut off
+        return encoded(BlocksTaken([block.block_id for block in item]))
+    return encoded(item)
 
 
 def _cannot_write(planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:

@@ -44,7 +44,6 @@ from vllm_trace.packing import (
     NO_HIT_BLOCKS,
     ONE_HASH,
     ONE_ID,
-    SCHEDULED,
     TAKEN,
     U32,
     U64,
@@ -52,7 +51,6 @@ from vllm_trace.packing import (
     pack_allocated,
     pack_cached,
     pack_grown,
-    pack_scheduled,
     pack_taken,
     pack_updated,
 )
@@ -151,8 +149,9 @@ def model_name(model: str) -> str:
 
 
 @probe(flush=True)
-def engine_shut_down(append, ended):
+def engine_shut_down(append, recorder, ended):
     append(EngineStopped(ended))
+    recorder.steady_of = None  # it may go
 
 
 # Requests -------------------------------------------------------------------------------
@@ -377,8 +376,8 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 
 @probe()
 def get_new_blocks(append, recorder, num_blocks, result):
-    if recorder.quiet:
-        append(result)  # `slots_of_quiet_step` replaces it
+    if recorder.quiet and num_blocks == 1:
+        append(result)  # `schedule` replaces it, when it knows whose it is
     elif num_blocks == 1:
         append(pack_taken(TAKEN, result[0].block_id))
     else:
@@ -473,53 +472,59 @@ def reset_prefix_cache(append, result):
 
 
 def _fall_asleep(self, recorder):
-    return (
+    quiet = (
         recorder.may_sleep
-        and not recorder.tight
         and len(self.running) == len(self.requests) <= recorder.steady
-        and recorder.steady_of == id(self)
-        and recorder.begin_quiet()
-    ) or (recorder.quiet and recorder.end_quiet())
+        and not recorder.tight
+        and recorder.steady_of is self
+    )
+    if quiet is not recorder.quiet:
+        recorder.set_quiet(quiet)
+    return quiet
 
 
 @probe(before=_fall_asleep)
-def schedule(append, recorder, next_step, seen, result, started, ended, self):
+def schedule(append, recorder, numbers, next_step, seen, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
-    running, waiting = len(self.running), len(self.waiting)
-    if recorder.quiet:
-        recorder.end_quiet()
-        if recorder.pending:
-            slots_of_quiet_step(recorder, result, free)
-        kept = -1
-    else:
-        kept = len(recorder.kept) if recorder.tight else -1
-    scheduled = len(result.num_scheduled_tokens)
-    uniform = scheduled == running == result.total_num_scheduled_tokens
+    running, scheduled = len(self.running), len(result.num_scheduled_tokens)
+    pending = recorder.pending
+    if recorder.planned is not None:
+        recorder.spell_out_planned()
+    if seen and pending:
+        # After each block that was taken, for whom ``allocate_slots`` took it.
+        cached = result.scheduled_cached_reqs
+        takers = [*compress(cached.req_ids, cached.new_block_ids)]
+        left = len(takers)
+        for place, taken in enumerate(pending):
+            if type(taken) is list and left:
+                block = taken[0].block_id
+                number = numbers[takers[-left]]
+                left -= 1
+                pending[place] = pack_grown(
+                    TAKEN,
+                    block,
+                    ALLOCATED,
+                    number,
+                    U32,
+                    1,
+                    NO_HIT,
+                    block,
+                    NO_HIT_BLOCKS,
+                    free + left,
+                    I16,
+                    -1,
+                )
+                recorder.num_doubles += 1
     if (
-        uniform
-        and scheduled == recorder.steady
-        and recorder.steady_of == id(self)
+        scheduled == recorder.steady == running == result.total_num_scheduled_tokens
+        and recorder.steady_of is self
         and not result.finished_req_ids
     ):
-        append(
-            pack_scheduled(
-                SCHEDULED,
-                step,
-                U64,
-                started,
-                U64,
-                ended - started,
-                U32,
-                running,
-                U32,
-                waiting,
-                U32,
-                free,
-                I16,
-                kept,
-            )
-        )
+        kept = len(recorder.kept) if recorder.tight else -1
+        recorder.planned = (step, started, ended - started, running, len(self.waiting), free, kept)
+        recorder.planned_of = result
+        recorder.planned_at = len(pending)
         recorder.tight = free < recorder.steady_need
     else:
         append(
@@ -528,14 +533,15 @@ def schedule(append, recorder, next_step, seen, result, started, ended, self):
                 started,
                 ended - started,
                 running,
-                waiting,
+                len(self.waiting),
                 free,
-                kept,
+                len(recorder.kept) if recorder.tight else -1,
                 *composition_of_step(recorder, result),
                 {},
                 kept_in_step(recorder, result),
             )
         )
+        uniform = scheduled == running == result.total_num_scheduled_tokens
         note_composition(recorder, self, scheduled if uniform else -1, free)
     if recorder.kept:
         recorder.kept.clear()
@@ -546,10 +552,12 @@ def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) ->
     # The last token of a prompt is one token too, and is followed by more.
     if any(r.num_computed_tokens < r.num_tokens for r in scheduler.running):
         decoding = -1
-    rec.steady, rec.steady_of = decoding, id(scheduler)
+    rec.steady, rec.steady_of = decoding, scheduler
     rec.steady_need, need = blocks_a_step_may_need(scheduler)
     rec.tight = free < (need if decoding < 0 else rec.steady_need)
-    rec.may_sleep = decoding > 0 and grows_by_one_block(scheduler)
+    rec.may_sleep = (
+        decoding > 0 and "allocate_slots" in rec.sleepers and grows_by_one_block(scheduler)
+    )
 
 
 def grows_by_one_block(scheduler: Any) -> bool:
@@ -564,44 +572,6 @@ def grows_by_one_block(scheduler: Any) -> bool:
         and not getattr(scheduler, "num_spec_tokens", 0)
         and scheduler.connector is None
     )
-
-
-def slots_of_quiet_step(rec: Recorder, out: Any, free: int) -> None:
-    """Say after each taking of blocks in a quiet step for whom ``allocate_slots`` took them."""
-    pending, cached = rec.pending, out.scheduled_cached_reqs
-    takings = [place for place, item in enumerate(pending) if type(item) is list]
-    takers = [*compress(cached.req_ids, cached.new_block_ids)]
-    if len(takings) != len(takers):
-        for place in takings:
-            pending[place] = BlocksTaken([*map(id_of, pending[place])])
-        return
-    for place, taker in zip(reversed(takings), reversed(takers)):
-        taken = pending[place]
-        if len(taken) == 1:
-            block, number = taken[0].block_id, rec.numbers[taker]
-            pending[place] = pack_grown(
-                TAKEN,
-                block,
-                ALLOCATED,
-                number,
-                U32,
-                1,
-                NO_HIT,
-                block,
-                NO_HIT_BLOCKS,
-                free,
-                I16,
-                -1,
-            )
-            rec.num_doubles += 1
-        else:
-            ids = [*map(id_of, taken)]
-            tokens = out.num_scheduled_tokens[taker]
-            pending[place : place + 1] = [
-                BlocksTaken(ids),
-                SlotsAllocated(rec.numbers[taker], tokens, 0, [ids], (), free, -1),
-            ]
-        free += len(taken)
 
 
 def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
@@ -625,28 +595,28 @@ def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
 def schedule_light(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
-    running, waiting = len(self.running), len(self.waiting)
-    scheduled = len(result.num_scheduled_tokens)
-    uniform = scheduled == running == result.total_num_scheduled_tokens
+    running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     if recorder.planned is not None:
         recorder.spell_out_planned()
     if (
-        uniform
-        and scheduled == recorder.steady
-        and recorder.steady_of == id(self)
+        scheduled == recorder.steady == running == result.total_num_scheduled_tokens
+        and recorder.steady_of is self
         and not result.finished_req_ids
         and not recorder.pending
     ):
-        recorder.planned = (step, started, ended - started, running, waiting, free)
+        recorder.planned = (step, started, ended - started, running, len(self.waiting), free)
+        recorder.planned_of = result
+        recorder.planned_at = 0
     else:
-        recorder.steady, recorder.steady_of = scheduled if uniform else -1, id(self)
+        uniform = scheduled == running == result.total_num_scheduled_tokens
+        recorder.steady, recorder.steady_of = scheduled if uniform else -1, self
         append(
             StepScheduled(
                 step,
                 started,
                 ended - started,
                 running,
-                waiting,
+                len(self.waiting),
                 free,
                 0,
                 *composition_of_step(recorder, result),
@@ -677,41 +647,56 @@ def kept_in_step(rec: Recorder, out: Any) -> Any:
     return rec.numbers_of(request.request_id for request in rec.kept)
 
 
-@probe(flush=True)
+@probe()
 def update_from_output(append, recorder, started, ended, scheduler_output, model_runner_output):
-    step = getattr(scheduler_output, "vtrace_step", 0)
     sampled = model_runner_output.sampled_token_ids
-    if (
-        # One each: nobody gets two without speculation, so nobody got none.
-        len(scheduler_output.num_scheduled_tokens) == len(sampled) == sum(map(len, sampled))
+    one_each = (
+        # Nobody gets two without speculation, so it is one each when nobody got none.
+        len(scheduler_output.num_scheduled_tokens) == len(sampled)
+        and type(sampled) is list
+        and [] not in sampled
         and not scheduler_output.scheduled_spec_decode_tokens
-        and not recorder.options.tokens
-    ):
-        append(pack_updated(UPDATED, step, U64, started, U64, ended - started))
-    else:
-        append(
-            StepUpdated(
-                step,
-                started,
-                ended - started,
-                *outcome_of_step(recorder, scheduler_output, model_runner_output),
-            )
+        and not recorder.with_tokens
+    )
+    pending = recorder.pending
+    if (
+        recorder.planned_of is scheduler_output
+        and one_each
+        and len(pending) == recorder.planned_at
+        and recorder.write_steady_step(
+            recorder.planned, started, ended - started, pending, recorder.num_doubles
         )
+    ):
+        recorder.planned = recorder.planned_of = None
+        if pending:
+            pending.clear()
+            recorder.num_doubles = 0
+    else:
+        step = getattr(scheduler_output, "vtrace_step", 0)
+        if one_each:
+            append(pack_updated(UPDATED, step, U64, started, U64, ended - started))
+        else:
+            append(
+                StepUpdated(
+                    step,
+                    started,
+                    ended - started,
+                    *outcome_of_step(recorder, scheduler_output, model_runner_output),
+                )
+            )
+        recorder.flush()
 
 
 @probe()
 def update_from_output_light(append, recorder, started, ended, scheduler_output):
-    step = getattr(scheduler_output, "vtrace_step", 0)
-    planned = recorder.planned
     if (
-        planned is not None
-        and planned[0] == step
+        recorder.planned_of is scheduler_output
         and not recorder.pending
-        and recorder.write_steady_step(planned, started, ended - started)
+        and recorder.write_steady_step_alone(recorder.planned, started, ended - started)
     ):
-        recorder.planned = None
+        recorder.planned = recorder.planned_of = None
     else:
-        append(StepUpdated(step, started, ended - started))
+        append(StepUpdated(getattr(scheduler_output, "vtrace_step", 0), started, ended - started))
         recorder.flush()
 
 

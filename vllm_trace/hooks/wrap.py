@@ -77,7 +77,7 @@ def make_wrapper(
     for name in probe.as_list:
         lines += [f"    if type({name}) is not list: {name} = list({name})"]
     if probe.before is not None:
-        lines += ["    try:", f"        seen = {_expression(probe.before)}"]
+        lines += ["    try:", *_before(probe.before, indent=8)]
         lines += ["    except Exception as error:", "        seen = None; _failed(error)"]
     if probe.timed:
         lines += ["    started = _clock()"]
@@ -148,10 +148,12 @@ def _body(function: Callable[..., None], indent: int) -> list[str]:
     return textwrap.indent(text, " " * indent).splitlines()
 
 
-def _expression(function: Callable[..., Any]) -> str:
-    node = _tree(function).body[-1]  # type: ignore[arg-type]
-    assert isinstance(node, ast.Return) and node.value is not None
-    return ast.unparse(node.value)
+def _before(function: Callable[..., Any], indent: int) -> list[str]:
+    """Its statements; what its last one returns is ``seen``."""
+    *statements, last = _tree(function).body  # type: ignore[arg-type]
+    assert isinstance(last, ast.Return) and last.value is not None
+    text = "\n".join([*map(ast.unparse, statements), f"seen = {ast.unparse(last.value)}"])
+    return textwrap.indent(text, " " * indent).splitlines()
 
 
 def _compile(name: str, source: str, namespace: dict[str, Any]) -> CodeType:
@@ -182,7 +184,9 @@ class _Binding(ast.NodeTransformer):
             if isinstance(part, ast.arg) or not isinstance(part.ctx, ast.Load)
         }
         self.local |= {
-            part.name for part in ast.walk(node) if isinstance(part, ast.ExceptHandler) and part.name
+            part.name
+            for part in ast.walk(node)
+            if isinstance(part, ast.ExceptHandler) and part.name
         }
         return self.generic_visit(node)
 

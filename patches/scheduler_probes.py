@@ -465,6 +465,9 @@ def reset_prefix_cache(append, result):
 # one that begins with fewer free blocks than it could ask for (``recorder.tight``).
 
 
+# ``len`` of vLLM's queues is a call into Python: who is known and does not run, waits.
+
+
 # A step is *quiet* when whoever is there decodes, nobody waits, and the pool cannot run short. Then no
 # call of ``allocate_slots`` is refused and most change nothing, so it sleeps: thirty wrapped calls
 # less. What was taken is still seen where it is taken, and whom it went to is what the scheduler tells
@@ -522,7 +525,8 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         and not result.finished_req_ids
     ):
         kept = len(recorder.kept) if recorder.tight else -1
-        recorder.planned = (step, started, ended - started, running, len(self.waiting), free, kept)
+        waiting = 0 if len(self.requests) == running else len(self.waiting)
+        recorder.planned = (step, started, ended - started, running, waiting, free, kept)
         recorder.planned_of = result
         recorder.planned_at = len(pending)
         recorder.tight = free < recorder.steady_need
@@ -604,7 +608,8 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
         and not result.finished_req_ids
         and not recorder.pending
     ):
-        recorder.planned = (step, started, ended - started, running, len(self.waiting), free)
+        waiting = 0 if len(self.requests) == running else len(self.waiting)
+        recorder.planned = (step, started, ended - started, running, waiting, free)
         recorder.planned_of = result
         recorder.planned_at = 0
     else:

@@ -191,12 +191,9 @@ class _Binding(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        if node.id in self.local:
+        if node.id in self.local or node.id not in self.namespace:
             return node
-        try:
-            thing = self.namespace[node.id]
-        except KeyError:
-            raise HookError(f"the probe uses {node.id!r}, which is nowhere defined") from None
+        thing = self.namespace[node.id]
         if thing is None or type(thing) in (bool, int, float, str, bytes):
             return ast.copy_location(ast.Constant(thing), node)
         place = frozenset({f"vllm_trace: {node.id}"})

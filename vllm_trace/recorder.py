@@ -81,7 +81,7 @@ class Recorder:
         """Requests for which ``allocate_slots`` needed no new block, since the last step; in tight steps."""
         self.keep: Callable[[Any], None] = self.kept.append
         self.tight = True
-        """The step may run out of blocks, see ``patches/scheduler_probes.py``."""
+        """The step may run out of blocks, see ``patches/step_probes.py``."""
         self.steady_need = 0
         """Blocks that a steady step may ask for."""
         self.steady = -1
@@ -89,7 +89,7 @@ class Recorder:
         self.steady_of: Any = None
         """The scheduler whose steps those are."""
         self.may_sleep = False
-        """Its calls of ``allocate_slots`` can be told from what it returns, see ``patches/scheduler_probes.py``."""
+        """Its calls of ``allocate_slots`` can be told from what it returns, see ``patches/step_probes.py``."""
         self.quiet = False
         """A step is being scheduled in which ``allocate_slots`` sleeps."""
         self.num_doubles = 0

@@ -11,7 +11,7 @@ VTRACE_CACHE   ?= $(HOME)/.cache/vllm-trace
 VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
 export VTRACE_CACHE
 
-.PHONY: help env demo test browser lint types bench pictures lane-0.11 clean
+.PHONY: help env demo test browser lint bench pictures lane-0.11 clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -27,19 +27,17 @@ LEAKS := ^nanobind: |^ - (leaked|\.\.\. skipped)|^See https://nanobind
 
 # pytest last: its closing line is the verdict. T= narrows it: make test T="tests/mini -k free"
 test: export VLLM_CACHE_ROOT := $(VLLM_CACHE_ROOT)
-test: lint browser  ## style, then all tests
+test: lint browser  ## style and types, then all tests
 	@.venv/bin/pytest $(T) 2> >(grep -vE "$(LEAKS)" >&2)
 
 browser:  # a Chromium for the tests of the report, where one can be had
 	@.ci/browser
 
-lint: env  ## style: ruff's rules and layout, and that every package is in the wheel
+lint: env  ## style: ruff's rules and layout, types, and that every package is in the wheel
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check --diff .
+	@.venv/bin/mypy --no-error-summary
 	@$(PY) .ci/check_packages.py
-
-types: env  ## types (not yet a part of `make test`)
-	@.venv/bin/mypy
 
 bench: env  ## what tracing costs: on/off pairs, other tracers beside it
 	@$(PY) -m bench

@@ -4,6 +4,7 @@
 
 Made for a CUDA machine with vLLM 0.20.2, in one process (the first engine takes seconds, the others one or two). On a
 machine without CUDA it runs the backends that are there. Writes ``attention.md``, ``attention.json`` and the traces.
+``VLLM_USE_V2_MODEL_RUNNER=1`` in the environment: the same on the V2 model runner (``attention-v2.md`` and ``.json``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN", "paged", "paged:vllm")
-SCENARIOS = ("hello", "prefix", "long")
+SCENARIOS = ("hello", "prefix", "long", "preempt")
 GRAPHS = {
     "enforce_eager": False,
     "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="pairs with tracing on and off")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument(
-        "--shadow", action="store_true", help="a shadow run of the first scenario each"
+        "--shadow", action="store_true", help="shadow runs of the first two scenarios"
     )
     parser.add_argument(
         "--seconds", type=float, default=400, help="begin nothing new after so many"
@@ -70,7 +71,7 @@ def main() -> int:
         if backend == "FLASH_ATTN":
             jobs.append(("prefix", GRAPHS, False))
         if asked.shadow:
-            jobs.append((asked.scenarios.split(",")[0], {}, True))
+            jobs += [(name, {}, True) for name in asked.scenarios.split(",")[:2]]
         for name, more, shadow in jobs:
             attempt(found, asked, deadline, backend, name, more, shadow)
         with trying(found, f"cost of tracing with {backend}"):
@@ -99,7 +100,8 @@ def attempt(
         in_time(deadline)
         run = one_run(asked, backend, name, more, shadow)
         found["runs"].append(run)
-        print(json.dumps({k: v for k, v in run.items() if k != "kernels"}), flush=True)
+        told = {k: v for k, v in run.items() if k not in ("kernels", "request_digests")}
+        print(json.dumps(told), flush=True)
     write(found, asked.output)
 
 
@@ -224,13 +226,49 @@ def one_run(
             for r in replays
         ],
         "problems": summary.problems,
-        "tokens_digest": digest(outcome.token_ids),
+        **worker_facts(folder),
+        "request_digests": {name: digest(made) for name, made in outcome.token_ids.items()},
     }
 
 
-def digest(token_ids: dict[str, list[tuple[int, ...]]]) -> str:
+def same_tokens(runs: list[dict[str, Any]]) -> list[str]:
+    """How many requests got the same greedy tokens in all runs of their scenario."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        for request, told in run["request_digests"].items():
+            seen.setdefault(run["scenario"], {}).setdefault(request, set()).add(told)
+    counts = [
+        f"{name} {sum(len(told) == 1 for told in requests.values())} of {len(requests)}"
+        for name, requests in seen.items()
+    ]
+    return [
+        "Requests with the same greedy tokens whatever the backend, with the shadow and with CUDA graphs:"
+        f" {', '.join(counts)}. (In half precision kernels round differently, and a near tie goes either way.)"
+        " Mode `none` is the last step of an asynchronous scheduler, where nothing is left to run."
+    ]
+
+
+def worker_facts(folder: Path) -> dict[str, Any]:
+    """What the workers told: batches with tables and slots, and how long forwards took on the device."""
+    from vllm_trace.events import SlotsMapped, StepExecuted
+    from vllm_trace.trace import read_trace
+
+    events = list(read_trace(folder).events())
+    taken = [e.device_dur_ns for e in events if type(e) is StepExecuted and e.device_dur_ns]
+    return {
+        "batches_seen": sum(type(e) is SlotsMapped for e in events),
+        "forwards_timed": len(taken),
+        "forward_median_us": round(statistics.median(taken) / 1e3, 1) if taken else None,
+    }
+
+
+def v2_runner() -> bool:
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0"
+
+
+def digest(token_ids: list[tuple[int, ...]]) -> str:
     """The same for the same tokens, and no token."""
-    return hashlib.sha256(repr(sorted(token_ids.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:8]
 
 
 def cost(asked: Any, backend: str) -> dict[str, Any]:
@@ -304,6 +342,7 @@ def about(asked: Any) -> dict[str, Any]:
         "date": datetime.now().isoformat(timespec="seconds"),
         "device": device,
         "copy_rate": asked.copy_rate,
+        "runner": "V2" if v2_runner() else "V1",
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -322,8 +361,9 @@ def _version(name: str) -> str:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    (folder / "attention.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-    (folder / "attention.md").write_text(markdown(found))
+    name = "attention-v2" if v2_runner() else "attention"
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    (folder / f"{name}.md").write_text(markdown(found))
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -334,10 +374,15 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"`{about['command']}`, {about['date']}: vLLM {about['vllm']}, torch {about['torch']},"
         f" Triton {about['triton']},"
-        f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes).",
+        f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes);"
+        f" model runner {about['runner']}.",
         "",
-        "| scenario | backend | steps | CUDA graphs | invariants | replay | V1 / V2 steps |",
-        "|---|---|---|---|---|---|---|",
+        "*Batches*: steps of which block tables and slots were recorded, and compared with the manager's by the"
+        " invariants and the replay. *Forward*: median time between events on the stream.",
+        "",
+        "| scenario | backend | steps | CUDA graphs | batches | forward, µs | as stated | invariants | replay"
+        " | V1 / V2 steps |",
+        "|---" * 10 + "|",
     ]
     for run in found["runs"]:
         replay = ", ".join(
@@ -348,7 +393,10 @@ def markdown(found: dict[str, Any]) -> str:
         title = run["scenario"] + (", shadow" if run["shadow"] else "")
         rule = f"{run['v1_steps']} / {run['v2_steps']}{would}"
         cells = [title, ", ".join(run["backends"]), str(run["steps"]), ", ".join(run["modes"])]
+        cells += [str(run["batches_seen"]), f"{run['forward_median_us'] or 0:.0f}"]
+        cells.append("no: " + "; ".join(run["not_shown"]) if run["not_shown"] else "yes")
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
+    lines += ["", *same_tokens(found["runs"])]
     lines += ["", "## Kernel times, between events on the stream", ""]
     lines += [
         "Medians over the steps. The models are tiny, so the stream is idle between launches and a"

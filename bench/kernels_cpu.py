@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vllm_trace.mini import attention
+from vllm_trace.mini.attention.decode import WALK
+from vllm_trace.mini.attention.layouts import Reader
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE, NUM_SEQS = 32, 8, 128, 32, 4
 KV_BYTES = 64 << 20
@@ -34,6 +36,7 @@ def measure(rounds: int = 15) -> dict[str, Any]:
     return dict(rows=rows, skipped=None)
 
 
+@torch.inference_mode()  # as vLLM's engine runs it
 def _row(dtype: torch.dtype, rounds: int, ops: Any, isa_of: Callable) -> dict[str, Any]:
     per_token = 2 * NUM_KV_HEADS * HEAD_SIZE * dtype.itemsize
     length = KV_BYTES // per_token // NUM_SEQS
@@ -73,8 +76,22 @@ def _row(dtype: torch.dtype, rounds: int, ops: Any, isa_of: Callable) -> dict[st
         )  # fmt: skip
         return out
 
+    rows = query.float().view(NUM_SEQS, NUM_KV_HEADS, -1, HEAD_SIZE)
+    weights = torch.rand(NUM_KV_HEADS, NUM_HEADS // NUM_KV_HEADS, WALK)
+
+    def floor() -> torch.Tensor:
+        """What a form in plain torch cannot do without: the pages side by side, and two products."""
+        reader = Reader(*own, 1.0, 1.0, "flash")
+        for seq in range(NUM_SEQS):
+            for start in range(0, length, WALK):
+                part = tables[seq], start, min(start + WALK, length)
+                torch.bmm(rows[seq], reader.keys(*part).permute(1, 2, 0))
+                torch.bmm(weights[..., : part[2] - start], reader.values(*part).transpose(0, 1))
+        return query
+
     runs = {
         "vLLM": theirs,
+        "floor": floor,
         "V1": lambda: attention.paged_attention_v1(query, *own, tables, seq_lens, scale),
         "V2": lambda: attention.paged_attention_v2(query, *own, tables, seq_lens, scale),
     }
@@ -88,7 +105,7 @@ def _row(dtype: torch.dtype, rounds: int, ops: Any, isa_of: Callable) -> dict[st
     median = {name: sorted(found)[rounds // 2] * 1e3 for name, found in times.items()}
     return dict(
         dtype=str(dtype).removeprefix("torch."), isa=isa, kv_bytes=storage.nbytes, tokens=length, ms=median,
-        ratio={name: median["vLLM"] / median[name] for name in ("V1", "V2")},
+        ratio={name: median["vLLM"] / median[name] for name in ("floor", "V1", "V2")},
         differs={
             name: float((results[name] - results["vLLM"]).norm() / results["vLLM"].norm())
             for name in ("V1", "V2")

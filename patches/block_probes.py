@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -164,7 +165,7 @@ def blocks_wanted(
     """vLLM's own count of the free blocks that a refused call needed, made again: nothing has changed since.
 
     0 where its way of counting is another one; a refusal is told all the same.
-    Source: vLLM 0.32 and 0.33, ``KVCacheManager.allocate_slots``.
+    Source: vLLM 0.32 and 0.33, ``KVCacheManager.allocate_slots``; 0.20.2, ``can_fit_full_sequence``.
     """
     num_computed = request.num_computed_tokens + num_hit
     end = num_computed + num_new
@@ -172,23 +173,47 @@ def blocks_wanted(
     if whole:
         tokens = min(request.num_tokens, manager.max_model_len)
         goals.append((tokens, tokens, True))
+    given = {
+        "request_id": request.request_id,
+        "new_computed_blocks": (hits or manager.empty_kv_cache_blocks).blocks,
+        "num_encoder_tokens": 0,
+        "total_computed_tokens": num_computed,
+        "num_local_computed_tokens": num_computed,
+        "prefill_end": max(request.num_prompt_tokens, request.num_tokens - 1),
+    }
     try:
+        count = manager.coordinator.get_num_blocks_to_allocate
+        known = inspect.signature(count).parameters  # 0.20 lacks the last two
+        given = {name: value for name, value in given.items() if name in known}
         return max(
-            manager.coordinator.get_num_blocks_to_allocate(
-                request_id=request.request_id,
+            count(
                 num_tokens=num_tokens,
-                new_computed_blocks=(hits or manager.empty_kv_cache_blocks).blocks,
-                num_encoder_tokens=0,
-                total_computed_tokens=num_computed,
-                num_local_computed_tokens=num_computed,
                 num_tokens_main_model=num_main,
                 apply_admission_cap=capped,
-                prefill_end=max(request.num_prompt_tokens, request.num_tokens - 1),
+                **given,
             )
             for num_tokens, num_main, capped in goals
         )
     except (AttributeError, TypeError):
         return 0
+
+
+@probe()
+def can_fit_full_sequence(
+    append, numbers, recorder, result, self, request, num_new_computed_tokens, new_computed_blocks
+):
+    if not result:
+        hit = num_new_computed_tokens
+        append(
+            SlotsRefused(
+                numbers[request.request_id],
+                min(request.num_tokens, self.max_model_len) - request.num_computed_tokens - hit,
+                hit,
+                self.block_pool.free_block_queue.num_free_blocks,
+                len(recorder.kept) if recorder.tight else -1,
+                blocks_wanted(self, request, 0, hit, new_computed_blocks, 0, True),
+            )
+        )
 
 
 @probe()

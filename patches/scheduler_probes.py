@@ -43,6 +43,9 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
         "max_num_batched_tokens": limits.max_num_batched_tokens,
         "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
         "long_prefill_token_threshold": limits.long_prefill_token_threshold,
+        "long_prefill_token_threshold_adaptive": bool(
+            getattr(limits, "long_prefill_token_threshold_adaptive", False)
+        ),
         "enable_chunked_prefill": bool(limits.enable_chunked_prefill),
         "enable_prefix_caching": bool(manager.enable_caching),
         "prefix_caching_hash_algo": str(cache.prefix_caching_hash_algo),

@@ -6,6 +6,7 @@ A *steady* step is like the one before, and its two events are written in one pi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import compress
 from typing import Any
 
@@ -111,7 +112,7 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
                 len(self.waiting),
                 free,
                 len(recorder.kept) if recorder.tight else -1,
-                *composition_of_step(recorder, result),
+                *composition_of_step(recorder, result, self.requests),
                 {},
                 kept_in_step(recorder, result),
             )
@@ -195,19 +196,25 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
                 len(self.waiting),
                 free,
                 0,
-                *composition_of_step(recorder, result),
+                *composition_of_step(recorder, result, self.requests),
             )
         )
 
 
-def composition_of_step(rec: Recorder, out: Any) -> tuple[Any, ...]:
-    """Requests, token counts, new, resumed, preempted, finished: of a ``SchedulerOutput``."""
+def composition_of_step(rec: Recorder, out: Any, known: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Requests, token counts, new, resumed, preempted, finished: of a ``SchedulerOutput``.
+
+    Resumed ones stand among the new ones where the V2 runner works. ``known``: the scheduler's requests by name.
+    """
     cached = out.scheduled_cached_reqs
+    first = [data.req_id for data in out.scheduled_new_reqs]
+    again = [name for name in first if known[name].num_preemptions]
+    again += [name for name in cached.req_ids if name in cached.resumed_req_ids]
     return (
         rec.numbers_of(out.num_scheduled_tokens),
         [*out.num_scheduled_tokens.values()],
-        rec.numbers_of(data.req_id for data in out.scheduled_new_reqs),
-        rec.numbers_of(r for r in cached.req_ids if r in cached.resumed_req_ids),
+        rec.numbers_of(name for name in first if name not in again),
+        rec.numbers_of(again),
         sorted(rec.numbers_of(out.preempted_req_ids or ())),
         sorted(rec.numbers_of(out.finished_req_ids)),
     )

@@ -1,8 +1,10 @@
 """vLLM 0.20: the CUDA build, run on an H200, and its CPU rows.
 
 It differs from 0.32 in this: ``get_computed_blocks`` returns two values; a block has one hash and is evicted in
-``_maybe_evict_cached_block``; ``get_valid_backends`` gives pairs; the CPU's ``forward`` also writes K and V; the V1
-runner is the default, with async scheduling on CUDA. What was read of each function is what its probe reads.
+``_maybe_evict_cached_block``; whether a waiting request fits as a whole is a call of its own,
+``can_fit_full_sequence``, before ``allocate_slots``; ``get_valid_backends`` gives pairs; the CPU's ``forward`` also
+writes K and V; the V1 runner is the default, with async scheduling on CUDA. What was read of each function is what
+its probe reads.
 """
 
 from __future__ import annotations
@@ -38,6 +40,12 @@ HOOKS = (
         emits="backend.selected",
         platform="cuda",
         without="a backend that the user asked for looks like one that vLLM ranked first",
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.can_fit_full_sequence",
+        b.can_fit_full_sequence,
+        emits="slots.refused",
+        without="a waiting request that does not fit as a whole leaves no refusal",
     ),
 )
 
@@ -76,6 +84,7 @@ FINGERPRINTS = {
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": "cfef9af7b09edeba",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens": "90688e4ebc6eca23",
     "vllm.platforms.cuda:CudaPlatformBase.get_attn_backend_cls": "5dc03a82fdc79ec9",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.can_fit_full_sequence": "ffdd45eb55f6208f",
 }
 
 TABLE = HookTable(vllm=">=0.20,<0.21", hooks=reviewed(HOOKS, FINGERPRINTS))

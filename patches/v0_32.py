@@ -219,13 +219,13 @@ WORKER_HOOKS = (
     ),
 )
 
-# The runner that CUDA builds use unless told otherwise. Its tables and slots are made by kernels and
-# stay on the device; these rows record what the host knows and never wait for a stream.
+# The runner that CUDA builds use unless told otherwise (0.20: only when told to). Its tables and slots are
+# made by kernels; they are copied as they are gathered, and no row waits for a stream.
 WORKER_V2_HOOKS = (
     Hook(
         f"{_RUNNER_V2}.execute_model",
         w.execute_model_v2,
-        light=w.execute_model_v2,
+        light=w.execute_model_v2_light,
         emits="step.executed",
         platform="cuda",
         without="it is unknown when a step ran on the V2 runner",
@@ -233,11 +233,10 @@ WORKER_V2_HOOKS = (
     Hook(
         f"{_RUNNER_V2}.prepare_attn",
         w.prepare_attn_v2,
-        light=w.prepare_attn_v2,
-        emits="step.executed",
+        light=w.prepare_attn_v2_light,
+        emits="step.executed table.changed slots.mapped",
         platform="cuda",
-        without="the size and padding of a V2 batch are unknown"
-        " (its block tables and slots are on the device and not recorded either way)",
+        without="the V2 runner's block tables and slots are not seen, nor the size of its batch",
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
@@ -245,7 +244,8 @@ WORKER_V2_HOOKS = (
         light=w.metadata_built_v2_light,
         emits="step.executed attention.planned",
         platform="cuda",
-        without="whether a V2 step ran as a CUDA graph, and with which kernel variant, is unknown",
+        without="whether a V2 step ran as a CUDA graph, with which kernel variant and how long on the device, "
+        "is unknown",
     ),
     Hook(
         f"{_RUNNER_V2}.sample_tokens",

@@ -137,33 +137,41 @@ def step_sampled(rec: Recorder, started: int, ended: int) -> StepSampled:
 
 # The V2 runner --------------------------------------------------------------------------
 
-# It runs on CUDA only, and gathers tables and slots on the device. Reading them here would wait
-# for the stream, so these probes keep to what the host has: names, counts, mode and plan.
+# It runs on CUDA only, and gathers tables and slots by kernels, for all backends alike. The probes copy
+# what was gathered, as they do for the V1 runner: to pinned memory, read when the device is past the step.
+# Profiling, graph capture and warm-up go through `execute_model` too, but not through the runner's
+# own `prepare_attn`.
 
 
 @probe()
 def execute_model_v2(defer, started, ended, self, scheduler_output, dummy_run):
-    defer(step_executed_v2, self, scheduler_output, started, ended, dummy_run)
+    last = mark(self.input_buffers.input_ids)
+    defer(step_executed_v2, self, scheduler_output, started, ended, dummy_run, last)
+
+
+@probe()
+def execute_model_v2_light(defer, started, ended, self, scheduler_output, dummy_run):
+    defer(step_executed_v2, self, scheduler_output, started, ended, dummy_run, None)
 
 
 def step_executed_v2(
-    rec: Recorder, runner: Any, out: Any, started: int, ended: int, dummy_run: bool
+    rec: Recorder, runner: Any, out: Any, started: int, ended: int, dummy_run: bool, last: Any
 ) -> StepExecuted | None:
     forward = rec.state.pop("forward_v2", {})
     calls = rec.state.pop("calls", ())
+    marks = (forward.get("mark"), last)
     step = getattr(out, "vtrace_step", 0)
-    # Profiling, graph capture and warm-up go through this method too, without a scheduler.
     if dummy_run or not step:
+        give_back(marks)
         return None
     rec.rank = runner.vllm_config.parallel_config.rank
     rec.state["executed_step"] = step
+    gone = [rec.retire(name) for name in out.finished_req_ids if name in rec.numbers]
     began = forward.get("started", 0)
     if began < started:
+        give_back(marks)
+        rec.state.setdefault("gone", []).extend(gone)
         return StepExecuted(step, started, ended - started, 0, 0, rec.rank, 0, 0, "none")
-    for group, given in forward.get("metadata", ()):
-        plan = plan_of(given)
-        if plan is not None:
-            rec.emit(AttentionPlanned(step, group, *plan))
     event = StepExecuted(
         step,
         started,
@@ -176,49 +184,128 @@ def step_executed_v2(
         forward.get("mode", ""),
     )
     calls = [call for call in calls if call.started_ns >= started]
-    marks = [one for call in calls for one in call.marks]
-    if any(one is not None for one in marks):
-        rec.defer_until(lambda wait: passed(marks, wait), step_finished_v2, event, calls)
+    names, groups = forward.get("batch") or ([], [])
+    requests = rec.numbers_of(names)
+    values: tuple[Any, ...] = (
+        event,
+        runner,
+        requests,
+        groups,
+        forward.get("plans", ()),
+        calls,
+        marks,
+        gone,
+    )
+    waited = [*marks, *(one for call in calls for one in call.marks)]
+    if any(one is not None for one in waited):
+        rec.defer_until(lambda wait: passed(waited, wait), step_finished_v2, *values)
         return None
-    return step_finished_v2(rec, event, calls)
+    return step_finished_v2(rec, *values)
 
 
-def step_finished_v2(rec: Recorder, event: StepExecuted, calls: list[Call]) -> StepExecuted:
-    emit_calls(rec, event.step, calls, [])
+def step_finished_v2(
+    rec: Recorder,
+    event: StepExecuted,
+    runner: Any,
+    requests: list[int],
+    groups: list[tuple[Any, ...]],
+    plans: list[tuple[Any, ...]],
+    calls: list[Call],
+    marks: tuple[Any, Any],
+    gone: list[int],
+) -> StepExecuted:
+    """The device is past the step: its tables and times can be read."""
+    rec.state.setdefault("gone", []).extend(gone)
+    query_lens: list[int] = []
+    for group, (block_size, *copies, starts) in enumerate(groups):
+        table, slots, lens = (as_array(copy) for copy in copies)
+        query_lens = (starts[1:] - starts[:-1]).tolist()
+        batch = (requests, query_lens, lens.tolist())
+        _emit_rows(rec, event.step, group, requests, batch[2], table, block_size)
+        sizes = (block_size, block_size)
+        rec.emit(SlotsMapped(event.step, group, *sizes, *batch, slots.tolist()))
+    rec.state["gone"] = []
+    for group, layer, given, ahead in plans:
+        splits = _splits(runner, layer, given, ahead, query_lens)
+        plan = plan_of(given, splits)
+        if plan is not None:
+            rec.emit(AttentionPlanned(event.step, group, *plan))
+    emit_calls(rec, event.step, calls, requests)
+    first, last = marks
+    if first is not None and last is not None:
+        event.device_dur_ns = elapsed_ns(first, last)
+    give_back(marks)
     return event
 
 
 @probe()
-def prepare_attn_v2(defer, ended, input_batch):
-    defer(batch_prepared_v2, ended, input_batch.num_tokens_after_padding)
-
-
-def batch_prepared_v2(rec: Recorder, ended: int, num_tokens_padded: int) -> None:
-    rec.state["forward_v2"] = {"started": ended, "num_tokens_padded": num_tokens_padded}
+def prepare_attn_v2(defer, ended, result, self, input_batch):
+    batch = read_batch_v2(self.block_tables.block_sizes, input_batch, *result)
+    defer(batch_prepared_v2, ended, input_batch.num_tokens_after_padding, batch)
 
 
 @probe()
-def metadata_built_v2(defer, ended, result, input_batch, cudagraph_mode, kv_cache_config):
+def prepare_attn_v2_light(defer, ended, input_batch):
+    defer(batch_prepared_v2, ended, input_batch.num_tokens_after_padding, None)
+
+
+def batch_prepared_v2(rec: Recorder, ended: int, num_tokens_padded: int, batch: Any) -> None:
+    rec.state["forward_v2"] = {
+        "started": ended,
+        "num_tokens_padded": num_tokens_padded,
+        "batch": batch,
+    }
+
+
+def read_batch_v2(
+    block_sizes: list[int], batch: Any, tables: Any, slots: Any
+) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Copy what was gathered: for each KV group (block size, table, slots, sequence lengths, query starts).
+
+    The ids are the manager's; a backend whose kernel takes smaller blocks has them computed from these.
+    Leaves out: context parallelism over devices, where a block stands for more tokens.
+    """
+    num_rows = batch.num_reqs
+    starts = batch.query_start_loc_np[: num_rows + 1].copy()
+    longest = int(batch.seq_lens_cpu_upper_bound[:num_rows].max())
+    lens = host_copy(batch.seq_lens[:num_rows])
+    groups = []
+    for group, (size, table) in enumerate(zip(block_sizes, tables, strict=True)):
+        row_copies = host_copy(table[:num_rows, : -(-longest // size)])
+        slot_copies = host_copy(slots[group, : batch.num_tokens])
+        groups.append((size, row_copies, slot_copies, lens, starts))
+    return list(batch.req_ids), groups
+
+
+@probe()
+def metadata_built_v2(
+    defer, ended, result, input_batch, cudagraph_mode, kv_cache_config, slot_mappings, for_capture
+):
     padded = input_batch.num_tokens_after_padding
-    defer(metadata_known_v2, ended, padded, cudagraph_mode, result, kv_cache_config)
+    plans = [] if for_capture else _distinct_plans(result, kv_cache_config)
+    # Last: what runs from here to the end of `execute_model` is the forward.
+    defer(metadata_known_v2, ended, padded, cudagraph_mode, plans, mark(slot_mappings))
 
 
 @probe()
 def metadata_built_v2_light(defer, ended, input_batch, cudagraph_mode):
     padded = input_batch.num_tokens_after_padding
-    defer(metadata_known_v2, ended, padded, cudagraph_mode, None, None)
+    defer(metadata_known_v2, ended, padded, cudagraph_mode, (), None)
 
 
 def metadata_known_v2(
-    rec: Recorder, ended: int, num_tokens_padded: int, mode: Any, by_layer: Any, config: Any
+    rec: Recorder, ended: int, num_tokens_padded: int, mode: Any, plans: Any, first: Any
 ) -> None:
     """The forward starts next: it is launched between now and the return of ``execute_model``."""
     name = mode.name.lower()
-    rec.state["forward_v2"] = {
+    forward = rec.state.setdefault("forward_v2", {})
+    give_back([forward.get("mark")])  # of a run that was no step
+    forward |= {
         "started": ended,
         "num_tokens_padded": num_tokens_padded,
         "mode": "eager" if name == "none" else name,
-        "metadata": _distinct_metadata(by_layer or {}, config),
+        "plans": plans,
+        "mark": first,
     }
 
 
@@ -232,14 +319,14 @@ def step_sampled_v2(rec: Recorder, started: int, ended: int) -> StepSampled | No
     return StepSampled(step, started, ended - started, rec.rank) if step else None
 
 
-def _distinct_metadata(by_layer: dict[str, Any], config: Any) -> list[tuple[int, Any]]:
-    """(group, metadata) of each metadata object; layers of one group share one."""
-    found: dict[int, tuple[int, Any]] = {}
+def _distinct_plans(by_layer: dict[str, Any], config: Any) -> list[tuple[Any, ...]]:
+    """(group, a layer, metadata, plan) of each metadata object; layers of one group share one."""
+    found: dict[int, tuple[Any, ...]] = {}
     for layer, given in by_layer.items():
         if id(given) not in found:
             groups = enumerate(config.kv_cache_groups)
             group = next((i for i, each in groups if layer in each.layer_names), 0)
-            found[id(given)] = (group, given)
+            found[id(given)] = (group, layer, given, _plan_copy(given))
     return list(found.values())
 
 
@@ -330,19 +417,26 @@ def _emit_batch(rec: Recorder, step: int, runner: Any, requests: list[int], entr
                 slots[: sum(query_lens)].tolist(),
             )
         )
-        splits = None
-        if ahead is not None:
-            one = runner.compilation_config.static_forward_context[layer]
-            splits = splits_of_plan(
-                as_array(ahead).tolist(),
-                query_lens,
-                num_rows=given.query_start_loc.shape[0] - 1,
-                head_size=one.head_size,
-                causal=given.causal or bool(one.sliding_window),
-            )
+        splits = _splits(runner, layer, given, ahead, query_lens)
         plan = plan_of(given, splits)
         if plan is not None:
             rec.emit(AttentionPlanned(step, group, *plan))
+
+
+def _splits(
+    runner: Any, layer: str, given: Any, ahead: Any, query_lens: list[int]
+) -> list[int] | None:
+    """Of each row, into how many parts a plan that was made on the device cuts it; None without one."""
+    if ahead is None:
+        return None
+    one = runner.compilation_config.static_forward_context[layer]
+    return splits_of_plan(
+        as_array(ahead).tolist(),
+        query_lens,
+        num_rows=given.query_start_loc.shape[0] - 1,
+        head_size=one.head_size,
+        causal=given.causal or bool(one.sliding_window),
+    )
 
 
 def _sizes(rec: Recorder, runner: Any, layer: str) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """What has to be so before anything imports vLLM: its cache, its threads, its silence."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ os.environ |= {
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+# A shell has what it runs in the background ignore Ctrl-C, and so does all that is started from there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples each time; VTRACE_HYPOTHESIS_EXAMPLES asks for more of them.
 settings.register_profile(

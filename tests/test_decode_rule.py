@@ -17,7 +17,7 @@ from vllm_trace.decode_rule import choose
         (512, 1, 4, "V1", "the longest context, 512, is one partition of 512"),
         (
             513, 1, 4, "V2",
-            "the longest context, 513, is 2 partitions, and 1 sequences × 4 heads are at most 512",
+            "the longest context, 513, is 2 partitions, and 1 sequence × 4 heads are at most 512",
         ),
         (
             513, 128, 4, "V2",
@@ -25,7 +25,7 @@ from vllm_trace.decode_rule import choose
         ),
         (
             513, 513, 1, "V1",
-            "513 sequences × 1 heads are more than 512, and the longest context, 513, is at most 8192",
+            "513 sequences × 1 head are more than 512, and the longest context, 513, is at most 8192",
         ),
         (
             8192, 129, 4, "V1",

@@ -329,7 +329,7 @@ def test_a_truncated_side_is_no_pass_and_no_difference(tmp_path, capsys):
         line.startswith("scheduler: B is truncated; the other one") for line in found.not_judged
     )
     assert render(found).startswith("no difference as far as they go: B incomplete\n")
-    assert 1 == main(["diff", str(preempt()), str(cut)])
+    assert 2 == main(["diff", str(preempt()), str(cut)])
     assert capsys.readouterr().out.startswith("no difference as far as they go")
 
 

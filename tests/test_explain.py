@@ -290,9 +290,10 @@ def test_none_shared(tmp_path):
 
 def test_shorter_than_a_block(tmp_path):
     events = [*cached_by_a(), arrived(1, "b", 3), looked_up(1, 3)]
-    assert ("short", "prefix cache: nothing to look up, shorter than a block of 4 tokens") == cause(
-        tmp_path, events
-    )
+    assert (
+        "short",
+        "prefix cache: nothing to look up: it is shorter than a block of 4 tokens",
+    ) == cause(tmp_path, events)
 
 
 def test_cache_off(tmp_path):
@@ -356,10 +357,11 @@ TOKENS = list(range(9))
 @pytest.mark.parametrize(
     ("of_a", "of_b", "wanted", "words"),
     [
-        ({"lora": "x"}, {"lora": "y"}, "lora", "under another LoRA"),
-        ({}, {"lora": "y"}, "lora", "under another LoRA"),
-        ({"salted": True}, {}, "salt", "under another salt"),
-        ({"salted": True}, {"salted": True}, "salt", "under another salt"),
+        ({"lora": "x"}, {"lora": "y"}, "lora", "but with LoRA x"),
+        ({}, {"lora": "y"}, "lora", "but without a LoRA"),
+        ({"salted": True}, {}, "salt", "but under a salt"),
+        ({}, {"salted": True}, "salt", "but without a salt"),
+        ({"salted": True}, {"salted": True}, "salt", "but under another salt"),
         ({}, {}, "none shared", "nobody had cached"),
     ],
 )

@@ -1,13 +1,16 @@
 """Replay of the golden traces, where no vLLM is needed, and of traces that were tampered with."""
 
+import ast
 from pathlib import Path
 
 import msgspec
 import pytest
+from helpers import write_trace
 
 from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, replay
+from vllm_trace.replay.segments import OF_WORKERS
 from vllm_trace.trace import Record, Trace, read_trace
 from vllm_trace.tracefile import TraceFile, TraceWriter
 
@@ -36,11 +39,12 @@ class Tampered(Trace):
 
     def __init__(self, name, change):
         super().__init__([TraceFile(Path(__file__).parent / "gold" / f"{name}.vtrace")])
-        self.change = change()
+        self.change = change
 
     def records(self):
+        change = self.change()
         for record in super().records():
-            for event in self.change(record.event):
+            for event in change(record.event):
                 yield record._replace(event=event)
 
 
@@ -104,18 +108,31 @@ def test_the_first_divergence_is_found_and_classified(wanted):
     assert not result.passed
     assert result.divergence is not None
     found = result.divergence
-    assert found.kind in (wanted, "order" if wanted == "off by one" else wanted)
+    assert found.kind == wanted
     assert found.recorded != found.mini
-    assert found.story and found.free_list
+    assert found.story and found.recorded_state.free_list and found.mini_state.free_list
     compile(found.script, "script", "exec")
 
 
-def test_the_script_of_a_divergence_runs_and_shows_both_sides(capsys):
-    name, change = TAMPERINGS["order"]
-    found = replay(Tampered(name, change), "manager").divergence
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wanted", [one for one in TAMPERINGS if one != "schedule"])
+def test_the_script_of_a_divergence_shows_it_again(wanted, mode, capsys):
+    """What mini did in the replay is among what it tells in the script."""
+    name, change = TAMPERINGS[wanted]
+    found = replay(Tampered(name, change), mode).divergence
     exec(compile(found.script, "script", "exec"), {})
-    shown = capsys.readouterr().out
-    assert "recorded:" in shown and "mini:" in shown and "next out:" in shown
+    *told, recorded, mini = capsys.readouterr().out.splitlines()
+    assert recorded.startswith("recorded: ") and mini.startswith("mini: ")
+    facts = [ast.literal_eval(line) for line in told if line.startswith("(")]
+    assert found.mini in [" ".join(map(str, fact)) for fact in facts]
+
+
+def test_the_script_of_another_plan_plans_the_step_again(capsys):
+    name, change = TAMPERINGS["schedule"]
+    found = replay(Tampered(name, change), "engine").divergence
+    exec(compile(found.script, "script", "exec"), {})
+    *_, planned, _, _ = capsys.readouterr().out.splitlines()
+    assert found.mini == f"scheduled tokens {[*ast.literal_eval(planned).values()]}"
 
 
 def swap_slots(event):
@@ -144,12 +161,37 @@ def test_an_unknown_release_is_not_judged_and_names_the_known_ones():
     assert "0.99.0" in result.not_judged[0] and "0.32.0" in result.not_judged[0]
 
 
-def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path):
-    trace = read_trace(GOLD[0])
-    trace.files[0].header["role"] = "engine"
-    result = replay(trace, "manager")
-    assert result.divergence is None and not result.passed
-    assert "0 of 1 worker" in result.not_judged[0]
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_that_behaves_like_another_release_is_told_by_its_rules(mode):
+    trace = read_trace(Path(__file__).parent / "gold" / "preempt.vtrace")
+    trace.files[0].header["vllm"] = "0.20.2"
+    found = replay(trace, mode).divergence
+    assert found is not None and found.kind == "configuration"
+    assert found.note == (
+        "recorded with vLLM 0.20.2, but by the rules of 0.32.0 both sides agree to the end"
+    )
+
+
+@pytest.mark.parametrize("mode, name", [("engine", "policy"), ("manager", "max_model_len")])
+def test_a_setting_that_the_trace_does_not_say_is_one_line_and_no_pass(mode, name):
+    def unsaid(event):
+        return altered(event, settings={k: v for k, v in event.settings.items() if k != name})
+
+    result = replay(Tampered("batch", once(ev.EngineConfigured, unsaid)), mode)
+    assert not result.passed and result.divergence is None
+    assert result.not_judged == [
+        f"engine.configured does not say {name}: mini cannot be set up like this engine"
+    ]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_engine_whose_worker_was_not_traced_is_not_a_pass(tmp_path, inside):
+    """On a single CUDA device EngineCore is its own worker, and its file is the whole trace."""
+    told = [e for e in read_trace(GOLD[0]).events() if inside or type(e) not in OF_WORKERS]
+    path = write_trace(tmp_path, "engine", 1, [told[:9], [], told[9:]], vllm="0.32.0")
+    result = replay(read_trace(path), "manager")
+    assert result.divergence is None and inside == result.passed
+    assert inside or "0 of 1 worker" in result.not_judged[0]
 
 
 def test_a_trace_cut_before_its_engine_says_that_it_is_cut(tmp_path):
@@ -224,9 +266,9 @@ def test_engines_of_a_data_parallel_run_are_replayed_each_by_itself(mode):
 def test_a_difference_in_one_of_several_engines_is_found():
     trace = side_by_side("preempt", "batch")
     records = trace.records
-    change = TAMPERINGS["off by one"][1]()
 
     def tampered():
+        change = TAMPERINGS["off by one"][1]()
         for record in records():
             events = change(record.event) if record.process == 1 else [record.event]
             yield from (record._replace(event=event) for event in events)

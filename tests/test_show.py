@@ -153,6 +153,7 @@ def test_a_light_trace_has_no_map(tmp_path):
 def test_pools_of_several_engines_are_not_shown_as_one(tmp_path):
     write_trace(tmp_path, "engine", 1, [STORY])
     write_trace(tmp_path, "engine", 2, [STORY])
+    write_trace(tmp_path, "worker", 3, [[BlocksTaken([1])]])  # nobody knows whose it is
     with pytest.raises(UsageError, match="several engines") as raised:
         text_of(read_trace(tmp_path), "blocks")
     assert str(tmp_path / "engine-2.vtrace") in raised.value.hint
@@ -160,6 +161,46 @@ def test_pools_of_several_engines_are_not_shown_as_one(tmp_path):
     assert "letter: held by a request" in text_of(
         read_trace(tmp_path / "engine-2.vtrace"), "blocks"
     )
+
+
+@pytest.fixture
+def parallel(tmp_path):
+    """Two engines with a worker each; the second one has another request besides."""
+    more = [RequestArrived(9, 5, "only-2", 20, 1, 0, 0.0, [], {})]
+    write_trace(tmp_path, "engine", 1, [STORY])
+    write_trace(tmp_path, "engine", 2, [[*STORY, *more]])
+    for pid, parent in ((3, 1), (4, 2)):
+        write_trace(
+            tmp_path,
+            "worker",
+            pid,
+            [[StepExecuted(1, 1, 1, 1, 1, 0, 1, 1, "eager")]],
+            parent=parent,
+        )
+    return read_trace(tmp_path)
+
+
+def test_several_engines_are_shown_one_after_the_other(parallel, tmp_path):
+    alone = text_of(read_trace(tmp_path / "engine-1.vtrace"), "steps")
+    both = text_of(parallel, "steps")
+    assert 2 == both.count("Engine ") == both.count(alone.splitlines()[1])
+    assert "Engine 1 of 2: engine-1" in both and "Engine 2 of 2: engine-2" in both
+    assert 2 == text_of(parallel, "blocks").count("letter: held by a request")
+    first, second = show.data(parallel, "summary", Filter())["engines"]
+    assert ("Engine 1 of 2: engine-1", 1, 2) == (
+        first["name"],
+        first["schema"],
+        first["num_workers"],
+    )
+    assert len(first["requests"]) + 1 == len(second["requests"])
+    assert [] == first["problems"]
+
+
+def test_a_request_of_one_of_several_engines(parallel):
+    shown = text_of(parallel, "requests", request="only-2")
+    assert "Engine 1" not in shown and "only-2" in shown
+    with pytest.raises(UsageError, match="unknown request 'nobody'"):
+        text_of(parallel, "requests", request="nobody")
 
 
 def test_steps_of_a_range_and_of_a_request(trace):

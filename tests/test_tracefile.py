@@ -24,6 +24,8 @@ from vllm_trace.events import (
     SCHEMA_VERSION,
     BlocksFreed,
     BlocksTaken,
+    EngineConfigured,
+    KVGroup,
     RequestFreed,
     RequestSeen,
     SlotsAllocated,
@@ -227,6 +229,70 @@ def test_a_lost_tail_costs_what_was_in_it_and_no_more(tmp_path):
     assert file.truncated
     (tmp_path / "away").rename(tail_of(path))
     writer.close({})
+
+
+def test_a_tail_that_was_emptied_while_it_was_read_is_not_believed(tmp_path, monkeypatch):
+    """The writer makes a frame between the last look at the file and the look at the tail."""
+    path = tmp_path / "a.vtrace"
+    writer = TraceWriter(path, HEADER, SMALL_TAIL)
+    numbers = iter(range(10**6))
+    writer.write(taken(next(numbers)))
+    reads = []
+
+    def read_tail(file, original=TraceFile._read_tail):
+        size, data = path.stat().st_size, original(file)
+        while len(reads) < 3 and path.stat().st_size == size:
+            writer.write(taken(next(numbers)))
+        reads.append(data)
+        return data
+
+    monkeypatch.setattr(TraceFile, "_read_tail", read_tail)
+    actual, _ = read(path)
+    assert taken(*range(next(numbers))) == actual
+    assert 4 == len(reads)
+    writer.close({})
+
+
+def test_a_reader_beside_a_writer_sees_all_that_was_written_before_it_began(tmp_path):
+    path = tmp_path / "a.vtrace"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        for _ in range(20):
+            for _ in range(150):
+                reported = int(child.stdout.readline())
+            actual, file = read(path)
+            every = [BlocksTaken([n * sign]) for n in range(len(actual)) for sign in (1, -1)]
+            assert len(actual) > 2 * reported
+            assert every[: len(actual)] == actual
+            assert "no footer" in file.truncated or "torn" in file.truncated
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_marks_of_a_whole_reading_outlive_one_that_was_broken_off(tmp_path):
+    path = tmp_path / "a.vtrace"
+    writer = write(path, [taken(n) for n in range(200)], close=False)
+    file = TraceFile(path)
+    next(file.events())
+    assert "" == file.truncated, "nothing is known before the first end"
+    file.finish()
+    next(file.events())
+    assert "no footer" in file.truncated
+    writer.close({"dropped": 3})
+    file.finish()
+    next(file.events())
+    assert ("", 3, 200) == (file.truncated, file.dropped, file.footer["num_events"])
+
+
+def test_a_batch_larger_than_a_reader_takes_is_dropped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_trace.tracefile.MAX_RAW", 4000)
+    path = tmp_path / "a.vtrace"
+    write(path, [taken(1), taken(*range(2000)), taken(2)])
+    actual, file = read(path)
+    assert (taken(1, 2), 2000) == (actual, file.dropped)
 
 
 @pytest.mark.parametrize("some", [[], [taken(*range(60))] * 4], ids=["no events", "frames"])
@@ -444,6 +510,61 @@ def test_a_batch_that_no_writer_of_ours_made_is_damage(tmp_path, batch):
     events = []
     with pytest.raises(TraceError, match="is damaged after event 1"):
         events.extend(TraceFile(path).events())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pid": "1"},
+        {"pid": -1},
+        {"pid": 1 << 70},
+        {"role": None},
+        {"level": 7},
+        {"hooks": {}},
+        {"hooks": [{"state": "missing"}]},
+        {"hooks": [{"target": "a:b", "state": "missing", "without": []}]},
+        {"clock": {"unix_ns": "now"}},
+        {"torch": {}},
+        {"copy_rate": "fast"},
+    ],
+    ids=str,
+)
+def test_a_header_of_wrong_types_is_damage(tmp_path, wrong):
+    assert "FILE has an unreadable header: it was damaged" == error_of(
+        tmp_path, trace(header=HEADER | wrong)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dropped": -5}, {"dropped": "3"}, {"failures": 5}, {"failures": {"a": "b"}}, {"ended": 7}],
+    ids=str,
+)
+def test_a_footer_of_wrong_types_is_damage(tmp_path, wrong):
+    data = trace(frame(b"F", json.dumps(wrong).encode()))
+    assert "damaged" in error_of(tmp_path, data)
+    file = TraceFile(tmp_path / "a.vtrace")
+    with pytest.raises(TraceError):
+        file.finish()
+    assert {} == file.footer
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        EngineConfigured(1, 0, 16, 9, [], {}),
+        EngineConfigured(1, 16, 0, 9, [], {}),
+        EngineConfigured(1, 16, 16, 0, [], {}),
+        EngineConfigured(1, 16, 16, 1 << 40, [], {}),
+        EngineConfigured(1, 16, 16, 9, [KVGroup("FullAttentionSpec", -16, [])], {}),
+    ],
+    ids=["no tokens", "no hashed tokens", "no blocks", "a trillion blocks", "a group below zero"],
+)
+def test_an_engine_of_an_impossible_size_is_damage(tmp_path, event):
+    path = tmp_path / "a.vtrace"
+    write(path, [[event]])
+    with pytest.raises(TraceError, match="is damaged: an engine with"):
+        read(path)
 
 
 def test_a_batch_that_claims_more_bytes_than_the_frame_holds_is_damage(tmp_path):

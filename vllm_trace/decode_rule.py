@@ -58,7 +58,7 @@ def choose(max_seq_len: int, num_seqs: int, num_heads: int) -> DecodeChoice:
     pairs = num_seqs * num_heads
     parts = -(-max_seq_len // PARTITION_SIZE)
     longest = f"the longest context, {max_seq_len},"
-    work = f"{num_seqs} sequences × {num_heads} heads are"
+    work = f"{_of(num_seqs, 'sequence')} × {_of(num_heads, 'head')} are"
     if max_seq_len > MAX_V1_SEQ_LEN:
         variant, reason = "V2", f"{longest} is more than {MAX_V1_SEQ_LEN}"
     elif parts <= 1:
@@ -70,3 +70,7 @@ def choose(max_seq_len: int, num_seqs: int, num_heads: int) -> DecodeChoice:
         variant = "V2"
         reason = f"{longest} is {parts} partitions, and {work} at most {ENOUGH_WORK}"
     return DecodeChoice(variant, reason, max_seq_len, num_seqs, num_heads)
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

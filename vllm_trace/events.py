@@ -136,7 +136,7 @@ class SlotsAllocated(Event, tag=7):
 
 
 class SlotsRefused(Event, tag=9):
-    """``allocate_slots`` returned None."""
+    """``allocate_slots`` returned None; or, in 0.20, ``can_fit_full_sequence`` said no to a waiting request."""
 
     kind: ClassVar[str] = "slots.refused"
     request: int
@@ -413,6 +413,13 @@ AnyEvent = Union[  # noqa: UP007 - msgspec wants the closed union as one value
 
 EVENT_TYPES: tuple[type[Event], ...] = get_args(AnyEvent)
 KINDS: dict[str, type[Event]] = {cls.kind: cls for cls in EVENT_TYPES}
+
+
+def tag_of(event: type[Event]) -> int:
+    """The first number of the event's array on disk."""
+    tag = event.__struct_config__.tag
+    assert isinstance(tag, int)
+    return tag
 
 
 def to_dict(event: Event) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from vllm_trace.tracefile import (
     TAIL_SUFFIX,
     UNREADABLE,
     TraceFile,
+    batches_in,
     decode_batch,
     is_running,
     read_frame,
@@ -78,8 +79,6 @@ class GrowingFile(TraceFile):
                 self.num_bytes = file.tell()
                 if kind == b"F":
                     self._read_footer(body)
-                    if self.footer.get("ended") == "killed":
-                        self.truncated = "the process was killed"
                     self.ended = True
                 elif kind == b"E":
                     raw = unzip(decompress, body, self.path, file)
@@ -100,25 +99,27 @@ class GrowingFile(TraceFile):
                     return
                 file.seek(self._tail_at)
                 data = file.read(MAX_RAW)
-            if self.path.stat().st_size > self.num_bytes:
-                return  # a frame has come: the tail may have been emptied while it was read
+            if self._frame_has_come():
+                return  # the tail may have been emptied while it was read
         except OSError:
             return
-        position, bodies = 0, []
-        while position + SIZE.size <= len(data):
-            (size,) = SIZE.unpack_from(data, position)
-            body = data[position + SIZE.size : position + SIZE.size + size]
-            if not size or len(body) != size:
-                break
-            position += SIZE.size + size
-            bodies.append(body)
-        for body in bodies:
+        for body in list(batches_in(data, 0)):
             try:
                 batch = decode_batch(body)
             except UNREADABLE as error:  # its size goes in last: it is whole
                 raise TraceError(f"{self.path} has an unreadable tail: {error}") from None
             self._tail_at += SIZE.size + len(body)
             yield self._whole(batch)
+
+    def _frame_has_come(self) -> bool:
+        """A whole one: a part of one is being written, or was when the process died."""
+        with open(self.path, "rb") as file:
+            file.seek(self.num_bytes)
+            try:
+                read_frame(file, self.path)
+            except EOFError:
+                return False
+        return True
 
 
 class GrowingTrace:

@@ -19,6 +19,7 @@ VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
 OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",
     "VTRACE_LEARN_DIR": "folder for what `learn` remembers",
+    "VTRACE_PYTHON": "the Python 3.11 that the environment is made with, for set-up only",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",
     "VTRACE_SOURCE_0_20": "folder of an unpacked vLLM 0.20.2 wheel, which the tests read",

@@ -19,6 +19,7 @@ from vllm_trace.events import (
     SlotsAllocated,
     StepScheduled,
     StepUpdated,
+    tag_of,
 )
 
 # MessagePack: 0x90 + n is a list of n, 0xce an unsigned number of 32 bits, 0xcf one of 64, 0xd1 a signed one
@@ -29,7 +30,7 @@ _LIST, _ONE = 0x90, 0x91
 
 def _head(event: type[Event], fields: int, *rest: int) -> bytes:
     """A list of the event's tag and ``fields`` fields, up to where the first number's value begins."""
-    return bytes([_LIST + 1 + fields, event.__struct_config__.tag, *rest])
+    return bytes([_LIST + 1 + fields, tag_of(event), *rest])
 
 
 # Each ``pack_`` takes the constants between the values too, in the order of the format: a function that

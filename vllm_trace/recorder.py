@@ -113,7 +113,7 @@ class Recorder:
         self.on_failures: Callable[[str], None] = lambda hook: None
         self.on_open: Callable[[], None] = lambda: None
         """Called when the file is there, once in a process."""
-        self.state: dict[str, Any] = {}
+        self.state: dict[Any, Any] = {}
         """What decoders keep between steps, by their own key."""
         self.shadow: Any = None
         """Computes attention calls a second time (``vllm_trace.backend.shadow``), when asked to."""
@@ -336,6 +336,7 @@ class Recorder:
             "vllm_trace": __version__,
             "role": process_role(),
             "pid": os.getpid(),
+            "parent": os.getppid(),
             "host": socket.gethostname(),
             "rank": self.rank,
             "level": self.options.level,

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_trace import render
-from vllm_trace.divergence import Divergence
+from vllm_trace.divergence import Divergence, PoolState
 from vllm_trace.replay import Replayed
+
+MAX_TABLES = 12
 
 
 def verdict(results: Sequence[Replayed]) -> RenderableType:
@@ -44,22 +46,57 @@ def verdict(results: Sequence[Replayed]) -> RenderableType:
 
 
 def divergence(found: Divergence) -> RenderableType:
-    """Both sides, ``mini``'s state, the story, and the script."""
-    sides = Table.grid(padding=(0, 2))
-    sides.add_row("recorded", Text(found.recorded))
-    sides.add_row("mini", Text(found.mini))
-    sides.add_row("free list", render.ids(found.free_list, limit=24))
-    for name, groups in list(found.tables.items())[:12]:
-        sides.add_row(f"table {name[-20:]}", render.mapping(groups))
-    shared = {block: count for block, count in found.ref_cnts.items() if count > 1}
-    if shared:
-        text = ", ".join(f"{block}: {count}" for block, count in list(shared.items())[:12])
-        sides.add_row("shared", f"{text} (reference counts above 1)")
+    """Both sides of the difference and of the pool, the story, and the script."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("recorded", Text(found.recorded))
+    facts.add_row("mini", Text(found.mini))
     return Group(
         Text(f"at event {found.event}, of class {found.kind!r}"),
-        sides,
+        *([Text(found.note)] if found.note else []),
+        facts,
+        Text("\nAfter that call:"),
+        sides(found.recorded_state, found.mini_state),
         Text("\nBefore it:"),
         Text("\n".join(found.story)),
         Text("\nTo see it again:"),
         Syntax(found.script, "python", background_color="default", word_wrap=True),
     )
+
+
+def sides(recorded: PoolState, mini: PoolState) -> Table:
+    """Free queue, tables and reference counts of both, those that differ first."""
+    made = render.table("", "recorded", "mini", left=(0, 1, 2))
+
+    def row(title: str, left: str, right: str) -> None:
+        style = "" if left == right else "red"
+        made.add_row(title, Text(left, style=style), Text(right, style=style))
+
+    row("free", str(len(recorded.free_list)), str(len(mini.free_list)))
+    queues = [render.ids(side.free_list, limit=24) for side in (recorded, mini)]
+    row("next out", *queues)
+    names = {**recorded.tables, **mini.tables}
+    differing = [n for n in names if recorded.tables.get(n) != mini.tables.get(n)]
+    shown = dict.fromkeys([*differing, *names])
+    for name in [*shown][:MAX_TABLES]:
+        tables = [render.mapping(side.tables.get(name, [])) for side in (recorded, mini)]
+        row(f"table {name[-20:]}", *tables)
+    if len(names) > MAX_TABLES:
+        row("", f"and {len(names) - MAX_TABLES} more tables", "")
+    row("counts > 1", *[_shared(side.ref_cnts) for side in (recorded, mini)])
+    odd = {
+        block
+        for block in {**recorded.ref_cnts, **mini.ref_cnts}
+        if recorded.ref_cnts.get(block, 0) != mini.ref_cnts.get(block, 0)
+    }
+    if odd:
+        row("counts", *[_counts(side.ref_cnts, sorted(odd)) for side in (recorded, mini)])
+    return made
+
+
+def _shared(ref_cnts: dict[int, int]) -> str:
+    return _counts(ref_cnts, [block for block, count in sorted(ref_cnts.items()) if count > 1])
+
+
+def _counts(ref_cnts: dict[int, int], blocks: Sequence[int]) -> str:
+    said = ", ".join(f"{block}: {ref_cnts.get(block, 0)}" for block in blocks[:12])
+    return f"{said} …" if len(blocks) > 12 else said or "–"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from rich.console import Group
 from rich.text import Text
 
 from vllm_trace import __version__, render
+from vllm_trace.documents import as_json
 from vllm_trace.errors import TraceError, UsageError
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
@@ -46,7 +46,7 @@ class Run:
         if any(self.trace.glob(f"*{SUFFIX}")):
             return
         with contextlib.suppress(OSError):
-            if self.link is not None:
+            if self.link is not None and os.readlink(self.link) == self.folder.name:
                 self.link.unlink()
                 if self.link_before:
                     self.link.symlink_to(self.link_before)
@@ -74,8 +74,10 @@ def new_run(what: str, output: Path | None = None) -> Run:
         if output is None:
             link = folder.with_name("latest")
             before = os.readlink(link) if link.is_symlink() else ""
-            link.unlink(missing_ok=True)
-            link.symlink_to(folder.name)
+            # At once: another run may begin at the same time.
+            fresh = folder.with_name(f".latest-{folder.name}")
+            fresh.symlink_to(folder.name)
+            fresh.replace(link)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     return Run(folder, now.isoformat(timespec="seconds"), link, before)
@@ -101,8 +103,7 @@ def save(
         f"date: {run.date}\n\n"
     )
     (run.folder / "summary.txt").write_text(stamp + render.plain(text), encoding="utf-8")
-    with open(run.folder / "summary.json", "w", encoding="utf-8") as file:
-        json.dump(document, file, indent=1, default=str)
+    (run.folder / "summary.json").write_text(as_json(document), encoding="utf-8")
     return text
 
 
@@ -124,14 +125,16 @@ def describe_recording(run: Run) -> str:
             "environment? Try: vllm-trace doctor"
         )
     try:
-        summary = Summary.of(read_trace(run.trace))
+        engines = [Summary.of(trace) for trace in read_trace(run.trace).engines()]
     except TraceError as error:
         return f"a trace was written, but: {error}"
-    facts = summary.facts()
     told = (
-        f"{facts['requests']} requests, {facts['steps']} steps, {summary.num_events} events "
-        f"of {len(files)} processes"
+        f"{sum(len(engine.requests) for engine in engines)} requests, "
+        f"{sum(len(engine.steps) for engine in engines)} steps"
+        + (f" of {len(engines)} engines" if len(engines) > 1 else "")
+        + f", {sum(engine.num_events for engine in engines)} events of {len(files)} processes"
     )
-    for problem in summary.problems:
-        told += f"\n  {problem}"
+    for engine in engines:
+        for line in [*engine.problems, *render.shadow(engine)]:
+            told += f"\n  {line}"
     return f"{told}\n  vllm-trace show {shlex.quote(str(run.folder))}"

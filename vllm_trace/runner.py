@@ -10,7 +10,9 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,7 +84,7 @@ def start_engine(
     """
     os.environ |= quiet_environment()
     try:
-        with _no_gc():
+        with _no_gc(), interrupts_wait():
             from vllm import LLM
             from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
@@ -92,6 +94,10 @@ def start_engine(
     from vllm_trace.hooks import register
 
     register()
+    if attention != "engine":
+        from vllm_trace.backend import register_backend
+
+        register_backend(attention)  # also where nothing is recorded
     _let_vllm_look_at_llvmlite()
     asked = dict(engine_args or {})
     known = set(EngineArgs.__dataclass_fields__)
@@ -104,14 +110,14 @@ def start_engine(
         STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
     arguments["model"] = folder
-    if attention != "engine":
-        _check_attention(attention, arguments)
     if int(arguments.get("tensor_parallel_size", 1)) > 1:
         # Several workers on one NUMA node: vLLM wants to be told that this is meant.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         with _no_gc():
             llm = LLM(**arguments)
+    except UsageError:
+        raise  # of our attention, that it cannot do this
     except Exception as error:
         raise EngineError(
             f"vLLM did not start: {error}", hint=f"Engine arguments: {arguments}"
@@ -120,31 +126,13 @@ def start_engine(
     return llm, notes
 
 
-def _check_attention(attention: str, arguments: dict[str, Any]) -> None:
-    """Raise ``UsageError`` for what our backend cannot do, before an engine is made."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_trace.backend.support import demand
-
-    known = {name: v for name, v in arguments.items() if name in EngineArgs.__dataclass_fields__}
-    try:
-        with _no_gc():
-            config = EngineArgs(**known).create_engine_config()
-    except Exception as error:
-        raise EngineError(
-            f"vLLM does not take this configuration: {error}",
-            hint=f"Engine arguments: {arguments}",
-        ) from error
-    demand(attention, config)
-
-
 def _let_vllm_look_at_llvmlite() -> None:
     """vLLM 0.32 looks at the ``__dict__`` of every global of every module, and fails when numba was loaded before.
 
     llvmlite's handle of its library answers any name, this one too, with a function of the library.
     """
     ffi = sys.modules.get("llvmlite.binding.ffi")
-    handle = type(getattr(ffi, "lib", None))
+    handle: Any = type(getattr(ffi, "lib", None))
     found = vars(handle).get("__getattr__")
     if found is None or hasattr(found, "vllm_trace"):
         return
@@ -155,7 +143,7 @@ def _let_vllm_look_at_llvmlite() -> None:
         return found(self, name)
 
     only_functions.vllm_trace = True  # type: ignore[attr-defined]
-    handle.__getattr__ = only_functions  # type: ignore[attr-defined]
+    handle.__getattr__ = only_functions
 
 
 def fit_to_platform(
@@ -166,10 +154,7 @@ def fit_to_platform(
 
     notes: list[str] = []
     asked = arguments.get("block_size")
-    if attention != "engine":
-        if not current_platform.is_cpu():
-            arguments["attention_backend"] = "CUSTOM"
-    elif asked and current_platform.is_cpu():
+    if attention == "engine" and asked and current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
@@ -214,7 +199,12 @@ def run_workload(llm: Any, scenario: Scenario) -> Outcome:
 def stop_engine(llm: Any) -> None:
     """Shut the engine and its processes down; their traces can be closed then."""
     with _no_gc():
-        llm.llm_engine.engine_core.shutdown()
+        try:
+            llm.llm_engine.engine_core.shutdown()
+        except AttributeError as error:
+            # The worker of 0.20.2 asks its V2 model runner for a method that it lacks; nothing comes after it.
+            if "shutdown" not in str(error):
+                raise
 
 
 def warnings_of(log: Path) -> list[str]:
@@ -315,6 +305,22 @@ def _beam_search(llm: Any, arrival: Arrival, outcome: Outcome) -> None:
     (output,) = llm.beam_search([prompt], params)
     outcome.token_ids[arrival.name] = [tuple(s.tokens) for s in output.sequences]
     outcome.texts[arrival.name] = [s.text or "" for s in output.sequences]
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes at the end of this: C++ that is being loaded does not survive a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

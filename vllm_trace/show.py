@@ -103,11 +103,17 @@ def select(trace: Trace, wanted: Filter) -> Summary:
     return summary
 
 
-def view(trace: Trace, what: str, wanted: Filter, limit: int) -> RenderableType:
-    """One view of a trace as something that rich prints."""
+def view(trace: Trace, what: str, wanted: Filter, limit: int, width: int = 80) -> RenderableType:
+    """One view of a trace as something that rich prints, in ``width`` columns.
+
+    Of several engines (data parallel): one after the other, each with its own steps and its own pool.
+    """
     wanted.check(what)
+    if parts := _taken_apart(trace):
+        shown = _of_each(parts, lambda part: view(part, what, wanted, limit, width))
+        return Group(*(Group(Text(name, style="bold underline"), one, "") for name, one in shown))
     if what == "blocks":
-        return pool_map(trace, wanted)
+        return pool_map(trace, wanted, max(8, width - 16))
     if what == "summary" and wanted == Filter():
         return render.report(Summary.of(trace))
     summary = select(trace, wanted)
@@ -122,7 +128,10 @@ def view(trace: Trace, what: str, wanted: Filter, limit: int) -> RenderableType:
 
 
 def data(trace: Trace, what: str, wanted: Filter) -> Any:
-    """The same as plain values, for ``--json``."""
+    """The same as plain values, for ``--json``; of several engines a list of such documents."""
+    if parts := _taken_apart(trace):
+        each = _of_each(parts, lambda part: data(part, what, wanted))
+        return {"schema": 1, "engines": [{"name": name} | document for name, document in each]}
     wanted.check(what)
     if what == "blocks":
         columns = [column.to_dict() for column in pool_columns(trace, wanted)]
@@ -130,7 +139,35 @@ def data(trace: Trace, what: str, wanted: Filter) -> Any:
     told = select(trace, wanted).to_dict()
     if what == "summary":
         return told
+    if what == "kernels":
+        fields = ("kernels", "kernel_steps", "replayed_ns", "rule", "shadow", "problems")
+        return {"schema": 1} | {name: told[name] for name in fields}
     return {"schema": 1, what: told[what], "problems": told["problems"]}
+
+
+def _taken_apart(trace: Trace) -> list[Trace]:
+    """The engines of a trace; nothing when there is only one."""
+    engines = trace.engines()
+    return engines if len(engines) > 1 else []
+
+
+def _of_each(parts: list[Trace], told: Callable[[Trace], Any]) -> list[tuple[str, Any]]:
+    """(engine, what is told of it); an engine that never had the request asked for is left out.
+
+    Raises: ``UsageError`` when none of them had it.
+    """
+    made: list[tuple[str, Any]] = []
+    refused: list[UsageError] = []
+    for number, part in enumerate(parts, 1):
+        try:
+            of_it = told(part)
+        except UsageError as error:
+            refused.append(error)
+        else:
+            made.append((f"Engine {number} of {len(parts)}: {part.path_of(0).stem}", of_it))
+    if not made:
+        raise refused[0]
+    return made
 
 
 # Raw events -----------------------------------------------------------------------------
@@ -182,7 +219,7 @@ def describe(trace: Trace, record: Record) -> str:
     parts = [
         f"{key}={_brief(value)}" for key, value in fields.items() if value not in (None, [], {})
     ]
-    return f"{record.number:>7} {kind:<18} {' '.join(parts)}"
+    return f"{record.number:>7} {kind:<18} {' '.join(parts)}".replace("\n", "\u240a")
 
 
 def _named(names: Mapping[int, str], given: Any) -> Any:
@@ -224,6 +261,11 @@ class Column:
     step: int
     owners: list[int] = field(default_factory=list)
     shared: set[int] = field(default_factory=set)
+
+    def last_used(self) -> int:
+        """The highest block that is held or cached; 0 when none is."""
+        owners = self.owners
+        return next((b for b in range(len(owners) - 1, 0, -1) if owners[b] != FREE), 0)
 
     def to_dict(self) -> dict[str, Any]:
         return {"step": self.step, "owners": self.owners, "shared": sorted(self.shared)}
@@ -279,17 +321,21 @@ def pool_columns(trace: Trace, wanted: Filter) -> Iterator[Column]:
 
 def pool_map(trace: Trace, wanted: Filter, width: int = 64) -> RenderableType:
     """Blocks down, steps across: a letter for each owner, ``#`` shared, ``·`` cached."""
-    columns = list(pool_columns(trace, wanted))
-    if not columns:
+    steps = sum(type(e) is StepScheduled and wanted.covers(e.step) for e in trace.events())
+    stride = max(1, -(-steps // width))
+    shown: list[Column] = []
+    last = size = used = 0
+    for place, column in enumerate(pool_columns(trace, wanted)):
+        if place % stride == 0:  # a long trace of a large pool would not fit as a whole
+            shown.append(column)
+        last, size = column.step, max(size, len(column.owners))
+        used = max(used, column.last_used())
+    if not shown:
         return Text("no such step in this trace")
     named = numbers_called(trace.names, wanted.request) if wanted.request else set()
-    stride = max(1, -(-len(columns) // width))
-    shown = columns[::stride]
-    size = max(len(column.owners) for column in columns)
-    used = max((b for c in columns for b, owner in enumerate(c.owners) if owner != FREE), default=0)
     rows_per_line = max(1, -(-used // 48))
     lines = [
-        Text(f"steps {shown[0].step} to {columns[-1].step}, a column is {_many(stride, 'step')}"),
+        Text(f"steps {shown[0].step} to {last}, a column is {_many(stride, 'step')}"),
         Text(
             "letter: held by a request  "
             + ("-: by another" if named else "#: by several")

@@ -6,6 +6,7 @@ A fold over a trace: ``apply`` one event after the other. Readers (summary, the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_trace.events import (
@@ -132,7 +133,7 @@ class KVState:
         self.num_free_blocks = event.num_free_blocks
 
 
-_HANDLERS = {
+_HANDLERS: dict[type[Event], Callable[..., None]] = {
     EngineConfigured: KVState._engine_configured,
     RequestArrived: KVState._request_arrived,
     RequestFinished: KVState._request_finished,

@@ -70,10 +70,32 @@ class Trace:
             said.append(f"{who}: truncated ({file.truncated})")
         for hook in file.header.get("hooks", ()):
             if hook["state"] in ("missing", "incompatible"):
-                said.append(f"{who}: {hook['target']} {hook['state']}: {hook['without']}")
+                without = hook.get("without", "what it tells is missing")
+                said.append(f"{who}: {hook['target']} {hook['state']}: {without}")
         for hook, times in file.footer.get("failures", {}).items():
             said.append(f"{who}: the probe of {hook} failed {times} times")
         return said
+
+    def engines(self) -> list[Trace]:
+        """A trace for each scheduler (data parallel: one a rank), with the workers that it started.
+
+        A worker's header names its parent. Where that is no scheduler of this trace, nothing is taken apart.
+        """
+        parts = {
+            (file.header.get("host"), file.header.get("pid")): [file]
+            for file in self.files
+            if file.header.get("role") == "engine"
+        }
+        if len(parts) < 2:
+            return [self]
+        for file in self.files:
+            if file.header.get("role") == "engine":
+                continue
+            part = parts.get((file.header.get("host"), file.header.get("parent")))
+            if part is None:
+                return [self]
+            part.append(file)
+        return [Trace(files) for files in parts.values()]
 
     def path_of(self, process: int) -> Path:
         """The file of one process, which is a trace by itself."""

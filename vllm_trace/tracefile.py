@@ -30,7 +30,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import zstandard
@@ -39,17 +39,22 @@ from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     SCHEMA_VERSION,
     AnyEvent,
+    EngineConfigured,
     Event,
     SlotsAllocated,
     SlotsRefused,
     StepScheduled,
     StepUpdated,
+    tag_of,
 )
 from vllm_trace.packing import list_head
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
 TAIL_SUFFIX = ".tail"
+
+MAX_BLOCKS = 1 << 24
+"""A pool that claims more is damage too: 16 times what the largest devices hold of the smallest models."""
 
 _FRAME = struct.Struct("<cIII")
 TAIL = struct.Struct("<8sQQ104s")
@@ -67,10 +72,9 @@ MAX_RAW = 64 * 1024 * 1024
 _STEADY = struct.Struct(">3sIBQBIBIBIBI4sIBQBI")
 _STEADY_ALONE = struct.Struct(">4sIBQBIBIBIBI4sIBQBI")
 _STEADY_FRONT = struct.Struct("<IB")  # the size of the batch, and that it is a list of so many
-_STEADY_HEAD = bytes([0x98, StepScheduled.__struct_config__.tag, 0xCE])
+_STEADY_HEAD = bytes([0x98, tag_of(StepScheduled), 0xCE])
 _STEADY_MIDDLES = {
-    kept: bytes([kept & 0xFF, 0x94, StepUpdated.__struct_config__.tag, 0xCE])
-    for kept in range(-1, 128)
+    kept: bytes([kept & 0xFF, 0x94, tag_of(StepUpdated), 0xCE]) for kept in range(-1, 128)
 }
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -228,7 +232,7 @@ class TraceWriter:
     def _write_around_tail(self, data: bytes, num_events: int) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
         self.flush_tail()
-        if self.failure:
+        if self.failure or SIZE.size + len(data) > MAX_RAW:  # no reader would take that frame
             self._drop(num_events)
         elif TAIL.size + 4 + len(data) > self._tail_end:
             if self._write_events(SIZE.pack(len(data)) + data):
@@ -314,8 +318,7 @@ def seal(path: Path, ended: str) -> bool:
         return False
     if file.footer or is_running(file.header.get("pid", 0)):
         return False
-    tail = path.with_name(path.name + TAIL_SUFFIX)
-    raw = b"".join(SIZE.pack(len(body)) + body for body in _tail_batches(tail, file.num_frames))
+    raw = b"".join(SIZE.pack(len(body)) + body for body in file.tail())
     footer = {"num_events": file.num_events, "dropped": file.dropped, "ended": ended}
     try:
         with open(path, "r+b") as out:
@@ -326,7 +329,7 @@ def seal(path: Path, ended: str) -> bool:
             out.write(_frame(b"F", msgspec.json.encode(footer), bytes))
     except OSError:
         return False
-    tail.unlink(missing_ok=True)
+    path.with_name(path.name + TAIL_SUFFIX).unlink(missing_ok=True)
     return True
 
 
@@ -345,6 +348,45 @@ def is_running(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state not in "ZX"
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class _Hook(msgspec.Struct):
+    """What readers ask of a hook in the header."""
+
+    target: str
+    state: str
+    without: str = ""
+
+
+class _Header(msgspec.Struct):
+    """What readers ask of a header, of which any may be missing; the rest is for people."""
+
+    role: str = ""
+    pid: _Count = 0
+    parent: _Count = 0
+    host: str = ""
+    rank: _Count = 0
+    level: str = ""
+    vllm_trace: str = ""
+    vllm: str = ""
+    torch: str = ""
+    python: str = ""
+    platform: str = ""
+    clock: dict[str, _Count] = {}
+    hooks: list[_Hook] = []
+    copy_rate: float = 0
+
+
+class _Footer(msgspec.Struct):
+    """The same of a footer."""
+
+    num_events: _Count = 0
+    dropped: _Count = 0
+    failures: dict[str, _Count] = {}
+    ended: str = ""
 
 
 class TraceFile:
@@ -366,6 +408,8 @@ class TraceFile:
         """Up to the end of the last whole frame that was read."""
         self._ended = False
         """The footer was read."""
+        self._tail = b""
+        """The file beside this one, as it was when the last whole frame had been read."""
         with open(path, "rb") as file:
             self.header = self._read_header(file)
             self._begin = file.tell()
@@ -385,10 +429,14 @@ class TraceFile:
         if kind != b"H":
             raise TraceError(f"{self.path} has no header: it was damaged")
         try:
-            header = msgspec.json.decode(body)
-            schema = int(header["schema"])
-        except (*UNREADABLE, KeyError, TypeError, ValueError, OverflowError):
-            raise TraceError(f"{self.path} has an unreadable header: it was damaged") from None
+            header = msgspec.json.decode(body, type=dict[str, Any])
+            schema = header["schema"] if type(header["schema"]) is int else None
+            if schema is not None and schema <= SCHEMA_VERSION:
+                msgspec.convert(header, _Header)
+        except (*UNREADABLE, KeyError):
+            schema = None
+        if schema is None:
+            raise TraceError(f"{self.path} has an unreadable header: it was damaged")
         if schema > SCHEMA_VERSION:
             raise TraceError(
                 f"{self.path} has schema {schema}; this vllm_trace reads up to {SCHEMA_VERSION}",
@@ -421,19 +469,23 @@ class TraceFile:
         decompress = zstandard.ZstdDecompressor().decompress
         with open(self.path, "rb") as file:
             file.seek(self._begin)
+            tail_read_at = -1
             while not self._ended:
                 self.num_bytes = file.tell()
                 try:
-                    frame = read_frame(file, self.path)
+                    kind, body = read_frame(file, self.path)
                 except EOFError as error:
-                    self.truncated = str(error)
-                    break
-                kind, body = frame
+                    if tail_read_at != self.num_bytes:
+                        # A writer empties its tail only when the frame is in the file: what is read
+                        # of the tail is right if no frame has come by then.
+                        tail_read_at, self._tail = self.num_bytes, self._read_tail()
+                        file.seek(self.num_bytes)
+                        continue
+                    self._mark_unfinished(str(error))
+                    return
                 if kind == b"F":
                     self._read_footer(body)
-                    if self.footer.get("ended") == "killed":
-                        self.truncated = "the process was killed"
-                    self._ended = True
+                    self._ended, self._tail = True, b""
                 elif kind == b"E":
                     self.num_frames += 1
                     yield unzip(decompress, body, self.path, file)
@@ -441,9 +493,9 @@ class TraceFile:
                     raise TraceError(f"{self.path} has a frame of unknown kind {kind!r}")
 
     def begin_reading(self) -> None:
-        """Forget what an earlier reading left."""
+        """Forget what an earlier reading counted; its marks hold until a reading comes to the end."""
         self.num_events, self.num_frames, self._ended = 0, 0, False
-        self.footer, self.dropped, self.truncated = {}, 0, ""
+        self._tail = b""
         self._requests: list[int] = []
         self._num_tokens: list[int] = []
         self._sizes: dict[int, int] = {}
@@ -452,12 +504,33 @@ class TraceFile:
         """Of the step that is being scheduled, without a count of the silent calls before them."""
         self._full = self.header.get("level") != "light"
 
+    def _read_tail(self) -> bytes:
+        try:
+            with open(self.path.with_name(self.path.name + TAIL_SUFFIX), "rb") as file:
+                return file.read(MAX_RAW)
+        except OSError:
+            return b""
+
+    def _mark_unfinished(self, torn: str) -> None:
+        """No footer: why, as far as the tail tells."""
+        self.footer, self.dropped = {}, 0
+        self.truncated = torn or "no footer: the process was killed or still runs"
+        if len(self._tail) >= TAIL.size and self._tail.startswith(MAGIC):
+            _, _, dropped, reason = TAIL.unpack_from(self._tail)
+            if dropped or reason.rstrip(b"\0"):
+                self.dropped = dropped
+                why = reason.rstrip(b"\0").decode(errors="replace")
+                self.truncated = f"could not be written on: {why}"
+
     def _read_footer(self, body: bytes) -> None:
         try:
-            self.footer = msgspec.json.decode(body, type=dict[str, Any])
-            self.dropped = int(self.footer.get("dropped", 0))
-        except (*UNREADABLE, TypeError, ValueError, OverflowError):
+            footer = msgspec.json.decode(body, type=dict[str, Any])
+            self.dropped = msgspec.convert(footer, _Footer).dropped
+        except UNREADABLE:
             raise TraceError(f"{self.path} has an unreadable footer: it was damaged") from None
+        self.footer = footer
+        killed = self.footer.get("ended") == "killed"
+        self.truncated = "the process was killed" if killed else ""
 
     def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
@@ -474,7 +547,7 @@ class TraceFile:
             position += 4 + size
             yield self._whole(batch)
 
-    def _whole(self, batch: list[Event]) -> list[Event]:
+    def _whole(self, batch: list[Any]) -> list[Event]:
         """Count the batch and put back what a step has in common with the one before."""
         self.num_events += len(batch)
         for event in batch:
@@ -492,30 +565,25 @@ class TraceFile:
             elif kind is SlotsAllocated or kind is SlotsRefused:
                 if event.num_kept < 0:
                     self._calls.append(event)
+            elif kind is EngineConfigured:
+                self._check_sizes(event)
             elif kind is StepUpdated:
                 size = self._sizes.pop(event.step, None)
                 if event.num_output_tokens is None and size is not None and self._full:
                     event.num_output_tokens = [1] * size
         return batch
 
+    def _check_sizes(self, event: EngineConfigured) -> None:
+        """Everybody divides by a block's size and makes room for each block of the pool."""
+        sizes = [event.block_size, event.hash_block_size, *(g.block_size for g in event.groups)]
+        if min(sizes) < 1 or not 1 <= event.num_blocks <= MAX_BLOCKS:
+            raise TraceError(
+                f"{self.path} is damaged: an engine with {event.num_blocks} blocks of {min(sizes)} tokens"
+            )
+
     def tail(self) -> Iterator[bytes]:
-        """Yield the batches that were in no frame yet; none when the file has its footer."""
-        if self._ended:
-            return
-        self.truncated = self.truncated or "no footer: the process was killed or still runs"
-        tail = self.path.with_name(self.path.name + TAIL_SUFFIX)
-        try:
-            with open(tail, "rb") as file:
-                head = file.read(TAIL.size)
-        except OSError:
-            return
-        if len(head) == TAIL.size and head.startswith(MAGIC):
-            _, _, dropped, reason = TAIL.unpack(head)
-            if dropped or reason.rstrip(b"\0"):
-                self.dropped = dropped
-                why = reason.rstrip(b"\0").decode(errors="replace")
-                self.truncated = f"could not be written on: {why}"
-        yield from _tail_batches(tail, self.num_frames)
+        """Yield the batches that were in no frame yet, after ``frames``; none of a whole file."""
+        return tail_batches(self._tail, self.num_frames)
 
     def events(self) -> Iterator[Event]:
         """Yield every event in the order of the process."""
@@ -534,30 +602,31 @@ def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused])
 
     Who is refused in a step that preempts nobody is new, and asks after all that run.
     """
-    assert step.requests is not None
-    told = 0
-    placed = {call.request for call in calls}.intersection(step.requests)
-    step.num_kept = len(step.requests) - len(placed)
+    requests = step.requests
+    assert requests is not None
+    told, placed, others = 0, set(), []
     for call in calls:
-        if call.request in placed:
-            call.num_kept = step.requests.index(call.request) - told
+        try:
+            call.num_kept = requests.index(call.request) - told
+            placed.add(call.request)
             told += 1
-        else:
-            call.num_kept = step.num_kept
+        except ValueError:
+            others.append(call)
+    step.num_kept = len(requests) - len(placed)
+    for call in others:
+        call.num_kept = step.num_kept
 
 
-def _tail_batches(path: Path, num_frames: int) -> Iterator[bytes]:
+def tail_batches(data: bytes, num_frames: int) -> Iterator[bytes]:
     """Batches of a tail that was begun after ``num_frames`` event frames; none of another."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RAW)
-    except OSError:
-        return
     if len(data) < TAIL.size or not data.startswith(MAGIC):
         return
-    if TAIL.unpack_from(data)[1] != num_frames:
-        return
-    position = TAIL.size
+    if TAIL.unpack_from(data)[1] == num_frames:
+        yield from batches_in(data, TAIL.size)
+
+
+def batches_in(data: bytes, position: int) -> Iterator[bytes]:
+    """Bodies of the batches that lie whole in a part of a tail."""
     while position + SIZE.size <= len(data):
         (size,) = SIZE.unpack_from(data, position)
         body = data[position + SIZE.size : position + SIZE.size + size]

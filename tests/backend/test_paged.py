@@ -1,7 +1,7 @@
 """Paged attention inside the real engine: block size 16, V1 and V2 by the rule, the engine's own tokens."""
 
 import pytest
-from backend.conftest import worked
+from backend.conftest import work, worked
 from helpers import run_cli
 
 from vllm_trace.errors import UsageError
@@ -101,14 +101,6 @@ def test_the_engines_own_class_is_back_afterwards():
             ["--attention", "paged:vllm"],
             "the CPU build of vLLM 0.32.0 has no paged_attention_v1 and no paged_attention_v2",
         ),
-        (
-            ["--attention", "paged", "--engine-arg", "block_size=20"],
-            "block size 20 is not supported (multiples of supported: 8, 16, 32, 64, 128, 256)",
-        ),
-        (
-            ["--attention", "paged", "--engine-arg", "kv_cache_dtype=fp8_e5m2"],
-            "a KV cache of fp8_e5m2 is not supported (supported: auto, float16, bfloat16, fp8, fp8_e4m3)",
-        ),
         (["--attention", "pagde"], "unknown attention 'pagde'; did you mean 'paged'?"),
         (["--shadow", "--level", "light"], "shadow needs level full"),
     ],
@@ -118,6 +110,26 @@ def test_what_cannot_be_done_is_said_before_the_engine_starts(tmp_path, argument
     assert 2 == done.returncode
     assert said in done.stderr
     assert "" == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (
+            {"block_size": 20},
+            "block size 20 is not supported (multiples of supported: 8, 16, 32, 64, 128, 256)",
+        ),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            "a KV cache of fp8_e5m2 is not supported (supported: auto, float16, bfloat16, fp8, fp8_e4m3)",
+        ),
+    ],
+)
+def test_an_engine_that_our_attention_cannot_serve_is_not_made(tmp_path, argument, said):
+    with pytest.raises(UsageError) as caught:
+        work("hello", tmp_path, "paged", **argument)
+    assert said in str(caught.value)
+    assert [] == list(tmp_path.iterdir())
 
 
 def test_all_that_stands_against_a_model_is_said_at_once():

@@ -1,6 +1,7 @@
 """``vllm-trace bench``: on the real engine once, its texts and plots from those figures, and bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import run_cli
@@ -9,6 +10,7 @@ from recorded import needs_vllm
 from vllm_trace import cli, render
 from vllm_trace.benchmark import measure, page, view
 from vllm_trace.benchmark.arms import Outcome, Plan, workload
+from vllm_trace.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,29 @@ def test_the_order_of_the_arms_moves_on():
 
     measure.rounds([Noting("a", [1] * 9), Noting("b", [1] * 9), Noting("c", [1] * 9)], [], 2)
     assert list("abcbcacab") == seen
+
+
+# Another machine's figures -----------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = ROOT / "reports" / "gpu" / "bench-throughput.json"
+
+
+def test_another_machine_s_figures_stand_on_the_page():
+    here = json.loads((ROOT / "docs" / "results.json").read_text())
+    there = page.read(H200)
+    text = page.markdown(here | {"also": [there]})
+    assert "## On another machine: NVIDIA H200" in text
+    paged = there["throughput"]["arms"][1]["tokens_s"]["median"]
+    assert f"| paged | {paged:,.0f} |" in text
+    assert "that was not measured here" not in text
+    assert "that was not measured here" in page.markdown(here | {"also": []})
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"about": {"machine": "x"}}'])
+def test_figures_that_are_none(content, tmp_path):
+    file = tmp_path / "bench.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UsageError, match=r"cannot read|holds no figures"):
+        page.read(file)

@@ -37,7 +37,16 @@ HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": os.getpid(), "host": 
 def no_settings(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("OTEL_", "VTRACE_OTLP"))]:
         monkeypatch.delenv(name)
+    # A busy machine is no failing receiver: nothing is sent twice or given up before these are over.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+    monkeypatch.setenv("OTEL_BSP_EXPORT_TIMEOUT", "80000")
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """The address of a receiver that is gone; the exporter tries again for two seconds."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+    return closed_port()
 
 
 def golden(name: str) -> Counter[bytes]:
@@ -261,7 +270,7 @@ def test_spans_arrive_while_the_run_goes_on(tmp_path):
         for number, batch in enumerate(growing.file.batches()):
             growing.writer.write(batch)
             if number == 300:
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 100
                 while not inbox.requests and time.monotonic() < deadline:
                     time.sleep(0.02)
                 arrived.append(len(inbox.requests))
@@ -292,22 +301,23 @@ def test_a_slow_receiver_gets_everything_and_memory_is_bounded(tmp_path, monkeyp
     assert max(sizes) <= 2
 
 
-def test_a_receiver_that_is_gone_costs_no_more_than_a_try_and_everything_is_counted(tmp_path):
+def test_a_receiver_that_is_gone_costs_no_more_than_a_try_and_everything_is_counted(
+    tmp_path, nobody
+):
     growing = Growing("mixed", tmp_path / "t")
-    done = streamed(tmp_path / "t", closed_port(), growing.write)
+    done = streamed(tmp_path / "t", nobody, growing.write)
     total = sum(golden("mixed").values())
     assert (0, total) == (done.delivered.sent, done.delivered.dropped)
     assert total == sum(done.delivered.reasons.values())
     assert any("refused" in reason.lower() for reason in done.delivered.reasons)
 
 
-def test_a_receiver_that_is_half_open_is_left_when_the_run_is_over(tmp_path, monkeypatch):
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+def test_a_receiver_that_is_half_open_is_left_when_the_run_is_over(tmp_path):
     growing = Growing("prefix", tmp_path / "t")
     began = time.monotonic()
     with half_open() as url:
         done = streamed(tmp_path / "t", url, growing.write, give_time=lambda: 1.0)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60  # the exporter itself would wait longer
     assert (0, 863) == (done.delivered.sent, done.delivered.dropped)
 
 
@@ -351,23 +361,22 @@ def test_the_sidecar_tells_what_it_did(tmp_path):
     assert golden("prefix") == Counter(span.span_id for span, _ in inbox.spans)
 
 
-def test_the_sidecar_tells_what_was_lost_and_how_to_get_it(tmp_path):
-    url = closed_port()
-    beside = sidecar.start(tmp_path / "t", url)
+def test_the_sidecar_tells_what_was_lost_and_how_to_get_it(tmp_path, nobody):
+    beside = sidecar.start(tmp_path / "t", nobody)
     Growing("hello", tmp_path / "t").write()
     told = beside.finish()
     assert told.failed and (0, 148) == (told.spans, told.dropped)
-    assert f"vllm-trace export {tmp_path} --to otlp -o {url}" in told.text(tmp_path)
+    assert f"vllm-trace export {tmp_path} --to otlp -o {nobody}" in told.text(tmp_path)
 
 
-def test_a_sidecar_that_is_killed_is_told_of(tmp_path):
-    beside = sidecar.start(tmp_path / "t", closed_port())
+def test_a_sidecar_that_is_killed_is_told_of(tmp_path, nobody):
+    beside = sidecar.start(tmp_path / "t", nobody)
     beside.process.kill()
     told = beside.finish()
     assert told.failed and "told nothing" in told.text(tmp_path)
 
 
-def test_record_sends_and_keeps_the_commands_exit_code(tmp_path):
+def test_record_sends_and_keeps_the_commands_exit_code(tmp_path, nobody):
     script = "import sys; sys.exit(int(sys.argv[1]))"
     for code in (0, 7):
         done = run_cli(
@@ -443,10 +452,10 @@ def test_one_sidecar_is_started_for_a_run_of_many_processes(tmp_path, monkeypatc
     assert 2 == len(started)
 
 
-def test_the_streams_last_words_are_json(tmp_path):
+def test_the_streams_last_words_are_json(tmp_path, nobody):
     Growing("hello", tmp_path / "t").write()
     done = run_cli(
-        "export", tmp_path / "t", "--to", "otlp", "-o", closed_port(), "--follow", "--json",
+        "export", tmp_path / "t", "--to", "otlp", "-o", nobody, "--follow", "--json",
         cwd=tmp_path,
     )  # fmt: skip
     assert 1 == done.returncode

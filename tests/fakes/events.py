@@ -8,6 +8,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from vllm_trace.events import EVENT_TYPES, Event, StepScheduled
+from vllm_trace.tracefile import MAX_BLOCKS
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 integers = st.integers(-(2**63), 2**64 - 1)
@@ -36,6 +37,8 @@ def of_struct(cls: type[Any]) -> st.SearchStrategy[Any]:
     fields = {name: of_type(hints[name]) for name in cls.__struct_fields__}
     if "num_kept" in fields:
         fields["num_kept"] = st.integers(0, 2**64 - 1)  # below 0 a reader works it out
+    for name in fields.keys() & {"block_size", "hash_block_size", "num_blocks"}:
+        fields[name] = st.integers(1, MAX_BLOCKS)  # of others a reader says that they are damage
     return st.builds(cls, **fields)
 
 

@@ -661,6 +661,9 @@ def put_between(text, mark, made):
 
 
 def main():
+    sys.path.insert(0, str(ROOT / "tests"))
+    from invariants import mini_faults
+
     caught = []
     with tempfile.TemporaryDirectory() as folder:
         for one in FAULTS:
@@ -672,6 +675,7 @@ def main():
     text = DOC.read_text()
     text = put_between(text, "rules", rules_table())
     text = put_between(text, "faults", table(caught))
+    text = put_between(text, "mini-faults", mini_faults.table())
     DOC.write_text(text)
     print(f"{DOC.relative_to(ROOT)}: {len(caught)} faults", file=sys.stderr)
 

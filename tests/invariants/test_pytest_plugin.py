@@ -1,6 +1,7 @@
 """The plugin as a user has it: tests of a trace, the fixture, the marker, and its price when unused."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,26 @@ def test_the_fixture_judges_by_ones_own_and_says_what_broke(vllm_trace):
     with pytest.raises(AssertionError) as error:
         vllm_trace.check("hash-chain", also=[never_full])
     assert str(error.value).startswith("never-full: A block is always free.\nviolated at event")
+
+
+@pytest.mark.slow
+def test_the_readme_s_test_with_an_engine_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """As vLLM starts it by default: its process ends with the test, and the trace is whole."""
+    pytest.importorskip("vllm", reason="vLLM is not installed: no engine to record")
+    from vllm_trace.checkpoints import checkpoint
+
+    for name in ("TQDM_DISABLE", "VLLM_ENABLE_V1_MULTIPROCESSING"):  # the other tests' settings
+        monkeypatch.delenv(name, raising=False)
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = [
+        part for part in re.findall(r"```python\n(.*?)```", readme, re.S) if "def test_" in part
+    ]
+    assert '"./my-model", gpu_memory_utilization=0.3' in text
+    (tmp_path / "my-model").symlink_to(checkpoint("tiny-llama"))
+    quick = "gpu_memory_utilization=0.05, max_model_len=512, enforce_eager=True"
+    (tmp_path / "test_it.py").write_text(text.replace("gpu_memory_utilization=0.3", quick))
+    done = run_pytest(tmp_path)
+    assert 0 == done.returncode, done.stdout[-3000:]
 
 
 def test_after_the_fixture_nothing_is_traced():

@@ -158,6 +158,18 @@ def test_a_mistake_is_explained(name, right, wrong, check, said, progress, tmp_p
     result = done(one, text.replace(right, wrong), progress, tmp_path)
     failed = first_failure(result)
     assert failed["title"].startswith(check) and said in failed["said"]
+    assert "Failed:" not in failed["said"]
+
+
+def test_a_hint_comes_with_the_failure(progress, tmp_path):
+    one = exercises.exercise("ex1")
+    text = one.text("solution").replace(
+        "self.block_tables.pop(seq_id) + self.free_blocks",
+        "self.free_blocks + self.block_tables.pop(seq_id)",
+    )
+    result = done(one, text, progress, tmp_path)
+    assert first_failure(result)["hint"].startswith("Put freed blocks where allocate takes them")
+    assert any(line.startswith("    hint: Put freed") for line in exercises.told(one, result))
 
 
 # What readers' files do --------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_the_lines_of_the_plan_are_those_of_0_11_2():
     for one in references():
         if one.lines:
             off[one.id] = table[one.id][2] - int(one.lines.partition("-")[0])
-    assert len(off) == 20
+    assert len(off) == 28
     others = {"attention-forward": -1, "fwd-kernel": 1, "context-attention-fwd": 1}
     assert others == {id: by for id, by in off.items() if by}
 
@@ -89,6 +89,10 @@ def test_the_lines_of_the_plan_are_those_of_0_11_2():
         ("paged-attention-v1", 160),
         ("paged-attention-kernel", 85),
         ("kernel-block-table", 202),
+        ("kernel-first-loop", 198),
+        ("kernel-logits", 294),
+        ("kernel-second-loop", 354),
+        ("kernel-output", 431),
         ("v2-reduce", 562),
     ],
 )
@@ -184,6 +188,8 @@ def tree(tmp_path):
         ("vllm/cache.py", "text:overload", (10, 10)),
         ("vllm/cache.py", "", (1, 25)),
         ("vllm/cache.py", "Cache.nothing", None),
+        ("vllm/cache.py", "text:^    def get", (11, 11)),
+        ("vllm/cache.py", "text:^def get", None),
         ("vllm/cache.py", "text:nowhere", None),
         ("vllm/broken.py", "f", None),
         ("vllm/nowhere.py", "f", None),
@@ -218,13 +224,13 @@ def test_a_release_that_the_table_does_not_know(tree):
     assert "" == known_as(tree.release)
     lines = lesson.reading(plan.step("1"), tree)
     assert any("vLLM 9.9.0 is not in the table" in line for line in lines)
-    assert 4 == sum("not found by name" in line for line in lines)
+    assert 6 == sum("not found by name" in line for line in lines)
     (tree.root / "vllm/config").mkdir()
     (tree.root / "vllm/config/cache.py").write_text("class CacheConfig:\n    block_size: int = 3\n")
     lines = lesson.reading(plan.step("1"), tree)
     assert any("here     vllm/config/cache.py:1–2" in line for line in lines)
     assert any("here     vllm/config/cache.py:2" in line for line in lines)
-    assert 2 == sum("not found by name" in line for line in lines)
+    assert 4 == sum("not found by name" in line for line in lines)
 
 
 @pytest.mark.parametrize("found", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32"])
@@ -240,7 +246,7 @@ def test_without_vllm_the_table_speaks():
 
 def test_an_installed_vllm_has_no_cuda_sources_and_the_reader_is_told(source_0_32):
     text = " ".join(" ".join(lesson.reading(plan.step("9"), Tree.of(source_0_32))).split())
-    assert "csrc/cache_kernels.cu:266–323 reshape_and_cache_kernel, in the repository only" in text
+    assert "csrc/cache_kernels.cu:266–323 reshape_and_cache_kernel (in the repository only)" in text
 
 
 def test_an_excerpt_is_the_true_text_at_its_true_line(source_0_32):

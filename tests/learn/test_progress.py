@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -101,3 +102,44 @@ def test_a_file_is_written_whole_or_not_at_all(progress, monkeypatch):
     with pytest.raises(UsageError, match="No space left"):
         progress.note_passed("3")
     assert before == progress.path.read_text()
+
+
+# Several terminals -------------------------------------------------------------------------
+
+
+def test_two_terminals_do_not_take_from_each_other(progress):
+    """`learn check ex1 --watch` beside a step: the watcher saves long after it read the file."""
+    watcher, walker = Progress.load(), Progress.load()
+    walker.note_passed("3")
+    walker.runs["hello"] = "here"
+    walker.save()
+    watcher.note_passed("ex1")
+    assert {"3", "ex1"} == watcher.passed.keys() == Progress.load().passed.keys()
+    assert {"hello": "here"} == Progress.load().runs
+    del walker.runs["hello"]  # its trace is gone
+    walker.note_attempt("3")
+    watcher.note_opened("4")
+    kept = Progress.load()
+    assert {} == kept.runs and {"3": 1} == kept.attempts
+    assert {"3", "ex1"} == kept.passed.keys()
+    assert 7 == kept.seed
+
+
+def test_many_at_once_lose_nothing(progress):
+    def pass_some(first):
+        for number in range(first, 40, 4):
+            Progress.load().note_passed(f"s{number}")
+
+    threads = [threading.Thread(target=pass_some, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {f"s{number}" for number in range(40)} == Progress.load().passed.keys()
+
+
+def test_what_was_damaged_meanwhile_is_kept_aside_too(progress, home):
+    (home / "progress.json").write_text("{")
+    progress.note_passed("3")
+    assert {"3"} == Progress.load().passed.keys()
+    assert "{" == (home / "progress.json.damaged").read_text()

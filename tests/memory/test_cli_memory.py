@@ -62,8 +62,7 @@ def test_a_trace_with_other_blocks_is_a_finding(capsys, monkeypatch):
     assert 1 == code and "other numbers of blocks" in out
 
 
-@pytest.mark.parametrize("ending", ["png", "svg"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("ending", "theme"), [("png", "light"), ("svg", "dark")])
 def test_four_plots(capsys, tmp_path, ending, theme):
     pytest.importorskip("matplotlib")
     path = tmp_path / f"four.{ending}"

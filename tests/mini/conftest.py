@@ -106,6 +106,7 @@ class RealVllm:
         arrival_time=0.0,
         priority=0,
         stop_token_ids=(),
+        **more,
     ):
         params = self._params(
             temperature=0,
@@ -121,6 +122,7 @@ class RealVllm:
             arrival_time=arrival_time,
             priority=priority,
             block_hasher=self._hasher(block_size, self.sha256),
+            **more,
         )
 
     def vllm_config(

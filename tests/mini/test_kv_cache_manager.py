@@ -133,6 +133,17 @@ def test_watermark_keeps_blocks_for_those_who_run():
         assert admitted is fits
 
 
+def test_who_does_not_fit_as_a_whole_is_refused_the_chunk_and_until_0_20_all_that_is_left():
+    for release, num_tokens in {"0.32.0": 4, "0.20.2": 28}.items():
+        told = []
+        manager = KVCacheManager(
+            6, [FullAttentionSpec(4)], 64, rules=rules_for(release), tell=told.append
+        )
+        request = prompt("a", 28, "ABCDEFG")
+        assert manager.allocate_slots(request, 4, full_sequence_must_fit=True) is None
+        assert [("slots.refused", "a", num_tokens, 5)] == told
+
+
 def test_groups_of_different_block_sizes_are_refused():
     with pytest.raises(ValueError, match="different block sizes"):
         KVCacheManager(8, [FullAttentionSpec(4), SlidingWindowSpec(8, 8)], 64)

@@ -187,3 +187,70 @@ def test_traces_of_random_workloads_replay(real, kind, tmp_path_factory):
     assert any(preempted) or kind == "window", (
         "no workload preempted anybody: the pools are too large to tell much"
     )
+
+
+@pytest.fixture(scope="module")
+def asked(real, tmp_path_factory):
+    """A trace of requests one behind the other, with the same tokens under LoRAs and salts."""
+    from vllm.lora.request import LoRARequest
+
+    from vllm_trace import hooks
+    from vllm_trace.options import Options
+
+    folder = tmp_path_factory.mktemp("asked")
+    tokens, a, b = list(range(10, 20)), LoRARequest("a", 1, "/a"), LoRARequest("b", 2, "/b")
+    requests = {
+        "plain": (tokens, {}),
+        "same": (tokens, {}),
+        "with-salt": (tokens, {"cache_salt": "s"}),
+        "with-lora-a": (tokens, {"lora_request": a}),
+        "with-lora-a-again": (tokens, {"lora_request": a}),
+        "with-lora-b": (tokens, {"lora_request": b}),
+        "shorter": (tokens[:3], {}),
+        "other": ([7] * 10, {}),
+        "large": ([100 + i for i in range(92)], {}),
+        "late": (tokens, {}),
+    }
+    hooks.attach(Options(dir=str(folder / "trace"), tokens=True))
+    try:
+        load = Workload(
+            real, folder, GROUPS["full"], MAX_MODEL_LEN // BLOCK_SIZE + 2, 0, True,
+            max_num_batched_tokens=128, max_num_seqs=8, policy="fcfs", async_scheduling=False,
+            long_prefill_token_threshold=0, enable_chunked_prefill=True,
+        )  # fmt: skip
+        for place, (name, (prompt, more)) in enumerate(requests.items()):
+            load.scheduler.add_request(
+                real.request(name, prompt, BLOCK_SIZE, 1, arrival_time=float(place), **more)
+            )
+            while load.scheduler.requests:
+                load.plan()
+                load.answer()
+    finally:
+        hooks.detach()
+    return folder / "trace"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("plain", "0 of 2 blocks hit; nobody had cached its first block (tokens 0–3)"),
+        ("same", "2 of 2 blocks hit"),
+        ("with-salt", "0 of 2 blocks hit; plain has the same tokens in block 0 (tokens 0–3), but without a salt"),
+        ("with-lora-a", "0 of 2 blocks hit; plain has the same tokens in block 0 (tokens 0–3), but without a LoRA"),
+        ("with-lora-a-again", "2 of 2 blocks hit"),
+        ("with-lora-b", "but without a LoRA"),
+        ("shorter", "nothing to look up: it is shorter than a block of 4 tokens"),
+        ("other", "nobody had cached its first block"),
+        ("late", "when large took that block"),
+    ],
+)  # fmt: skip
+def test_why_a_prefix_was_not_hit_in_the_real_manager(asked, name, said):
+    from vllm_trace.explain import explain
+
+    lines = explain(read_trace(asked), name).lines
+    (text,) = (line.text for line in lines if line.kind == "looked up")
+    assert said in text
+
+
+def test_with_loras_and_salts_nothing_diverges(asked):
+    assert all(replay(read_trace(asked), mode).passed for mode in MODES)

@@ -1,11 +1,10 @@
 """A real Chromium, driven by Playwright; what it showed is kept when a test fails."""
 
-import os
 import re
-import shutil
 import time
 from pathlib import Path
 
+import browser
 import pytest
 
 from vllm_trace import report
@@ -15,8 +14,6 @@ HERE = Path(__file__).resolve().parent
 GOLD = HERE.parent / "gold"
 FAILED = HERE / "failed"
 """Screenshots of failed tests; git ignores it."""
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -39,23 +36,8 @@ def gold(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser. Of a module, for while it is open Playwright's event loop runs in this thread, and tests of
-    others that call ``asyncio.run`` could not."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="Playwright is not installed: the report was not looked at"
-    )
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        why = "there is no Chromium: the report was not looked at; .ci/browser installs one"
-        if os.geteuid() == 0 and Path("/etc/debian_version").exists():
-            pytest.fail(why)  # here it can be had, and a test that never runs proves nothing
-        pytest.skip(why)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        yield browser
-        browser.close()
+    with browser.chromium() as started:
+        yield started
 
 
 class Seen:

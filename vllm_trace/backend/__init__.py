@@ -1,8 +1,8 @@
 """Attention of our own inside a live vLLM: decode by V1 or V2 as PagedAttention's rule says, prefill with context.
 
 ``paged`` uses the kernels of `mini`, ``paged:vllm`` vLLM's own ``paged_attention_v1/v2`` and ``reshape_and_cache``
-where the installed release has them. `support` says beforehand what cannot be done, `vllm_classes` is what vLLM
-loads, `paged` is the attention, `shadow` computes a call a second time and compares.
+where the installed release has them. `engine_args` has engines ask for it, `support` says beforehand what cannot be
+done, `vllm_classes` is what vLLM loads, `paged` is the attention, `shadow` computes a call a second time and compares.
 
 Nothing here imports torch or vLLM until it is asked to: the front door is also opened by readers of traces.
 """
@@ -29,6 +29,9 @@ def register_backend(choice: str) -> None:
     """
     if choice not in CLASSES and "vllm.v1.attention.backends.registry" not in sys.modules:
         return  # nothing was ever registered; before 0.20 there is no such registry
+    from vllm_trace.backend.engine_args import stand_in
+
+    stand_in(choice)
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 

@@ -192,7 +192,7 @@ class VllmEngine:
         from vllm import _custom_ops
         from vllm.v1.attention.ops.prefix_prefill import context_attention_fwd
 
-        self.ops = _custom_ops
+        self.ops: Any = _custom_ops
         self.context_attention_fwd = context_attention_fwd
 
     def kernel(self, variant: str) -> str:

@@ -31,6 +31,20 @@ def write(figures: dict[str, Any], path: Path) -> Path:
     return beside
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Figures that another run wrote. Raises: ``UsageError`` when there are none of throughput."""
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        figures["about"]["machine"], figures["throughput"]["arms"]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path} holds no figures of throughput", hint="bench.json of a run of bench"
+        ) from None
+    return figures
+
+
 def markdown(figures: dict[str, Any]) -> str:
     """The page."""
     about = figures["about"]
@@ -55,22 +69,37 @@ def markdown(figures: dict[str, Any]) -> str:
         lines += _scaling(figures["scaling"])
     if "memory" in figures:
         lines += _memory(figures["memory"])
+    for other in figures.get("also", ()):
+        lines += _elsewhere(other)
     lines += ["## What these figures do not say", ""]
     lines += [" ".join(view.cautions(figures)), ""]
     return "\n".join(lines)
 
 
-def _throughput(figures: dict[str, Any], about: dict[str, Any]) -> list[str]:
+def _elsewhere(figures: dict[str, Any]) -> list[str]:
+    """The throughput of another machine, shorter."""
+    about = figures["about"]
+    versions = about["versions"]
+    return [
+        f"## On another machine: {about['machine'].partition(',')[0]}",
+        "",
+        f"<code>{about['command']}</code>, {about['date'][:10]}: {about['machine']}; vLLM {versions['vLLM']}, "
+        f"torch {versions['torch']}, {about['dtype']}, {about['budget']:,} tokens of KV cache.",
+        "",
+        *_throughput(figures["throughput"], about, head=False),
+    ]  # fmt: skip
+
+
+def _throughput(figures: dict[str, Any], about: dict[str, Any], head: bool = True) -> list[str]:
     told = figures["requests"]
     return [
-        "## Throughput",
-        "",
+        *(["## Throughput", ""] if head else []),
         f"{told['count']} requests handed over at once: {told['prompt_tokens']:,} prompt and {told['output_tokens']:,} "
         f"output tokens, {told['mean_total']:.0f} a request on average, {about['repeats']} rounds.",
         "",
         *_table(view.THROUGHPUT, view.throughput_rows(figures)),
         "",
-        COLUMNS,
+        *([COLUMNS] if head else []),
         *(_arm(arm) for arm in figures["arms"]),
         "",
     ]  # fmt: skip

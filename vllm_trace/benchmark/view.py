@@ -142,6 +142,14 @@ def memory_notes(figures: dict[str, Any]) -> list[str]:
     ]
 
 
+def _differ(figures: dict[str, Any]) -> bool:
+    """Whether some arm has other token ids than the first."""
+    told = figures.get("throughput")
+    if told is None:
+        return False
+    return any(arm["same_tokens"] < told["requests"]["count"] for arm in told["arms"])
+
+
 def cautions(figures: dict[str, Any]) -> list[str]:
     """What the figures must not be read as."""
     about = figures["about"]
@@ -151,10 +159,14 @@ def cautions(figures: dict[str, Any]) -> list[str]:
             "A tiny model on a CPU: a step's time grows with its tokens, so a larger batch gains "
             "little speed here."
         )
+        measured = any(other["about"]["device"] == "cuda" for other in figures.get("also", ()))
         said.append(
             "On a GPU a decode step reads all weights however many tokens it computes, so fewer steps "
-            "are less time; that was not measured here."
+            "are less time"
+            + (": the other machine's figures." if measured else "; that was not measured here.")
         )
+    if any(_differ(one) for one in (figures, *figures.get("also", ()))):
+        said.append("Where token ids differ, two kernels rounded differently and one token tipped.")
     said.append("vllm against the small engine compares two programs; paged against contiguous is")
     said.append("the same program with another cache.")
     return said

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
-from vllm_trace.cli.printing import print_json, print_text
+from vllm_trace.cli.printing import print_json, print_text, say
 from vllm_trace.errors import EngineError, HookError, UsageError, unknown
 
 
@@ -36,11 +36,15 @@ def add(verb: AddVerb) -> None:
     bench.add_argument("--seed", type=int, default=0)
     bench.add_argument("-o", "--output", type=Path, help="folder (default: reports/engines/…)")
     bench.add_argument("--page", type=Path, metavar="FILE.md", help="write the results page too")
+    bench.add_argument(
+        "--also", type=Path, action="append", default=[], metavar="FILE.json",
+        help="page: figures of another machine beside these",
+    )  # fmt: skip
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from vllm_trace import reports, runner
-    from vllm_trace.benchmark import measure, view
+    from vllm_trace.benchmark import measure, page, view
     from vllm_trace.benchmark.arms import Plan
 
     if arguments.test not in (*measure.TESTS, "all"):
@@ -48,6 +52,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     tests = measure.TESTS if arguments.test == "all" else (arguments.test,)
     if arguments.page and arguments.page.suffix != ".md":
         raise UsageError(f"--page {arguments.page} does not end in .md")
+    also = [page.read(path) for path in arguments.also]
     plan = Plan(
         model=arguments.model,
         budget=arguments.budget,
@@ -61,7 +66,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     os.environ |= runner.quiet_environment()
     run = reports.new_run("engines", arguments.output)
     try:
-        figures = _measure(plan, tests, run)
+        figures = _measure(plan, tests, run) | ({"also": also} if also else {})
     except BaseException as error:
         run.discard(keep_log=isinstance(error, EngineError))
         raise
@@ -184,7 +189,7 @@ def _about(plan: Any, device: str, notes: list[str]) -> dict[str, Any]:
         machine = f"{torch.cuda.get_device_name()}, {machine}"
     return {
         "command": shlex.join(["vllm-trace", *sys.argv[1:]]),
-        "machine": f"{machine}, {platform.system()}, {torch.get_num_threads()} threads",
+        "machine": f"{machine}, {platform.system()}, {_threads(torch.get_num_threads())}",
         "device": device,
         "versions": {
             "vllm_trace": __version__,
@@ -194,6 +199,10 @@ def _about(plan: Any, device: str, notes: list[str]) -> dict[str, Any]:
         },
         "notes": notes,
     } | asdict(plan)
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"
 
 
 def _processor() -> str:
@@ -214,7 +223,7 @@ def _write(figures: dict[str, Any], folder: Path, page: Path | None) -> list[Pat
     try:
         plot(figures, written[1])
     except UsageError as error:
-        print(f"vllm-trace: no plots: {error}", file=sys.stderr)
+        say(f"no plots: {error}")
         written.pop()
     if page:
         written += [page, pages.write(figures, page)]

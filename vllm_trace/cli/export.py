@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.errors import UsageError, unknown
 
 
@@ -65,9 +64,9 @@ def _export(arguments: argparse.Namespace) -> int:
     done = export.export(trace, chosen.name, output, options)
     told = ", ".join(f"{count} {noun}" for noun, count in done.counts.items())
     where = f" to {output}" if output and output != STDOUT else ""
-    print(f"vllm-trace: wrote {told or 'nothing'}{where}", file=sys.stderr)
+    say(f"wrote {told or 'nothing'}{where}")
     for sentence in [*trace.problems, *done.notes, *done.problems]:
-        print(f"vllm-trace: {sentence}", file=sys.stderr)
+        say(sentence)
     if arguments.json:
         print_json(
             {
@@ -106,9 +105,9 @@ def _follow(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"schema": 1, "format": "otlp", "streamed": done.to_dict()})
     if not arguments.while_stdin:
-        print(f"vllm-trace: {told.text(arguments.trace)}", file=sys.stderr)
+        say(told.text(arguments.trace))
         for problem in done.problems:
-            print(f"vllm-trace: {problem}", file=sys.stderr)
+            say(problem)
     return 1 if told.failed else 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.errors import UsageError, unknown
-from vllm_trace.options import LEVELS, Options
+from vllm_trace.options import ATTENTIONS, LEVELS, Options
 
 AddVerb = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
 """``verb(name, function, text, example)`` adds a verb and returns its parser."""
@@ -18,6 +18,11 @@ AddVerb = Callable[[str, Callable[[argparse.Namespace], int], str, str], argpars
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=80)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):  # its verbs stand further in
+            self._action_max_length += self._indent_increment
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +63,14 @@ def recording_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--otlp", default="", metavar="URL", help="send spans there while it runs (OTLP)"
     )
+    parser.add_argument(
+        "--attention",
+        default="",
+        help=f"{', '.join(ATTENTIONS)}: who computes it (default: engine)",
+    )
+    parser.add_argument(
+        "--shadow", action="store_true", help="compute each attention call again, from scratch"
+    )
 
 
 def recording_options(arguments: argparse.Namespace) -> Options:
@@ -69,4 +82,8 @@ def recording_options(arguments: argparse.Namespace) -> Options:
         options = replace(options, tokens=True)
     if arguments.otlp:
         options = replace(options, otlp=arguments.otlp)
+    if arguments.attention:
+        options = replace(options, attention=arguments.attention)
+    if arguments.shadow:
+        options = replace(options, shadow=True)
     return options.checked()

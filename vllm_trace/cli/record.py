@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.errors import UsageError
 
 
@@ -42,12 +41,14 @@ def _record(arguments: argparse.Namespace) -> int:
             run.discard()
         raise
     said = reports.describe_recording(run)
-    print(f"vllm-trace: {said}", file=sys.stderr)
+    say(said)
+    if options.shadow and "shadow: " not in said:
+        say("the shadow compared no attention call")
     document = {"schema": 1, "code": code, "trace": str(run.trace), "said": said}
     if beside is not None:
         told = beside.finish()
         document["otlp"] = told.to_dict()
-        print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
+        say(told.text(run.folder))
         # The command's own code is never hidden; a good one does not hide lost spans.
         code = code or int(told.failed)
     if arguments.json:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vllm_trace.cli.parser import AddVerb, trace_argument
-from vllm_trace.cli.printing import print_json
+from vllm_trace.cli.printing import print_json, say
 from vllm_trace.errors import UsageError
 
 
@@ -54,7 +54,7 @@ def _report(arguments: argparse.Namespace) -> int:
         ),
     )
     for problem in made.problems:
-        print(f"vllm-trace: {problem}", file=sys.stderr)
+        say(problem)
     if to_stdout:
         sys.stdout.buffer.write(made.html)
         sys.stdout.flush()
@@ -69,7 +69,7 @@ def _report(arguments: argparse.Namespace) -> int:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
-            print("vllm-trace: no browser could be started", file=sys.stderr)
+            say("no browser could be started")
     return int(made.damaged)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
-from vllm_trace.cli.printing import print_json, print_text
+from vllm_trace.cli.printing import print_json, print_text, say
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
-from vllm_trace.options import ATTENTIONS, Options
+from vllm_trace.options import Options
 
 
 def add(verb: AddVerb) -> None:
@@ -27,14 +27,6 @@ def add(verb: AddVerb) -> None:
     run.add_argument("--model", default="", help="a folder or hub name instead of the tiny model")
     run.add_argument(
         "--engine-arg", action="append", default=[], metavar="K=V", help="an argument of vllm.LLM"
-    )
-    run.add_argument(
-        "--attention",
-        default="",
-        help=f"{', '.join(ATTENTIONS)}: who computes it (default: engine)",
-    )
-    run.add_argument(
-        "--shadow", action="store_true", help="compute each attention call again, from scratch"
     )
     run.add_argument("--replay", action="store_true", help="replay the trace through mini at once")
     recording_flags(run)
@@ -51,9 +43,6 @@ def _run(arguments: argparse.Namespace) -> int:
     url = options.otlp
     if url:
         sidecar.check(url)
-    if arguments.attention:
-        options = replace(options, attention=arguments.attention)
-    options = replace(options, shadow=options.shadow or arguments.shadow).checked()
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()), otlp="")
     os.environ.pop("VTRACE_OTLP", None)  # the engine's processes need not start one of their own
@@ -106,11 +95,11 @@ def _run(arguments: argparse.Namespace) -> int:
             print_text(verdict(replays))
         print(f"Trace and summary: {run.folder}")
     if told is not None:
-        print(f"vllm-trace: {told.text(run.folder)}", file=sys.stderr)
+        say(told.text(run.folder))
     if options.shadow and not summary.shadow.num_calls:
-        print("vllm-trace: the shadow compared no attention call", file=sys.stderr)
+        say("the shadow compared no attention call")
     for failure in failures:
-        print(f"vllm-trace: {chosen.name} did not show it: {failure}", file=sys.stderr)
+        say(f"{chosen.name} did not show it: {failure}")
     lost = told is not None and told.failed
     shadowed = summary.shadow.num_calls > 0 and not summary.shadow.num_beyond
     found = failures or lost or (options.shadow and not shadowed)
@@ -150,6 +139,7 @@ def _drive(
 def _copy_rate(engine_args: dict[str, Any]) -> int:
     """What a copy moves on this device, for the share that kernels reach of it; 0: not known."""
     from vllm_trace.backend.copy_rate import measure, measure_apart
+    from vllm_trace.runner import interrupts_wait
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # An engine in other processes must not find CUDA in use here: it may be forked.
@@ -157,6 +147,8 @@ def _copy_rate(engine_args: dict[str, Any]) -> int:
     try:
         if apart or int(engine_args.get("tensor_parallel_size", 1)) > 1:
             return measure_apart()
+        with interrupts_wait():
+            import torch  # noqa: F401
         return measure()
     except (ImportError, ValueError):
         return 0  # no torch, or no number: the engine will say it better

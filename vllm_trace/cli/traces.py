@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb, trace_argument
-from vllm_trace.cli.printing import console, print_json, print_text
+from vllm_trace.cli.printing import console, print_json, print_line, print_text, say
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.options import VIEWS
 
@@ -80,14 +79,15 @@ def _show(arguments: argparse.Namespace) -> int:
         return _follow(arguments, wanted)
     trace = read_trace(arguments.trace)
     if arguments.view == "events":
-        show.printer(trace, wanted, print, arguments.json)
+        show.printer(trace, wanted, print if arguments.json else print_line, arguments.json)
     elif arguments.json:
         print_json(show.data(trace, arguments.view, wanted))
     else:
-        print_text(show.view(trace, arguments.view, wanted, 1 << 30 if arguments.all else 24))
+        limit = 1 << 30 if arguments.all else 24
+        print_text(show.view(trace, arguments.view, wanted, limit, console().width))
     # The whole summary has them in its own text.
     for problem in trace.problems if (arguments.view, wanted) != ("summary", show.Filter()) else ():
-        print(f"vllm-trace: {problem}", file=sys.stderr)
+        say(problem)
     return 0
 
 
@@ -118,7 +118,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         raise UsageError("replay needs a trace", hint="vllm-trace replay reports/preempt/latest")
     results = replay_all(arguments.trace, arguments.mode)
     if arguments.json:
-        print_json({"schema": 1, "replays": [result.to_dict() for result in results]})
+        print_json({"schema": 2, "replays": [result.to_dict() for result in results]})
     else:
         from vllm_trace.replay_view import verdict
 
@@ -142,7 +142,7 @@ def _replay_attention(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(again.to_dict())
     else:
-        print(again.text())
+        print_line(again.text())
     return 0 if again.passed else 1
 
 
@@ -171,7 +171,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(story.to_dict())
     else:
-        print(render(story))
+        print_line(render(story))
     return 0
 
 
@@ -184,8 +184,10 @@ def _diff(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(found.to_dict())
     else:
-        print(render(found))
-    return 1 if found.incomplete or not found.is_same else 0
+        print_line(render(found))
+    if not found.is_same:
+        return 1
+    return 2 if found.incomplete else 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -200,7 +202,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({"schema": 1, "invariants": listed})
         else:
-            print(judgements.catalogue(chosen))
+            print_line(judgements.catalogue(chosen))
         return 0
     if not arguments.traces:
         raise UsageError("check needs a trace", hint="vllm-trace check reports/preempt/latest")
@@ -208,5 +210,5 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"schema": 1, "traces": [report.to_dict() for report in reports]})
     else:
-        print("\n\n".join(report.text() for report in reports))
+        print_line("\n\n".join(report.text() for report in reports))
     return judgements.exit_code(reports)

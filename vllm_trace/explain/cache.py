@@ -52,10 +52,31 @@ class Miss:
     group: int = 0
     other: int = -1
     """Request with the same tokens under another salt or LoRA."""
+    under: str = ""
+    """What that request asked under."""
 
     def to_dict(self) -> dict[str, Any]:
         """Without what does not apply; requests stay numbers."""
-        return {key: value for key, value in asdict(self).items() if value != -1}
+        return {key: value for key, value in asdict(self).items() if value not in (-1, "")}
+
+
+def first_miss(event: PrefixLookedUp, config: EngineConfigured) -> Miss:
+    """What a lookup tells by itself; ``cause`` is empty where only the cache's history can say it."""
+    unit = config.block_size
+    full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
+    got = event.num_hit_tokens // unit
+    miss = Miss("all hit", got, full)
+    if not config.settings.get("enable_prefix_caching", True):
+        miss.cause = "cache off"
+    elif full == 0:
+        miss.cause = "short"
+    elif got < hittable:
+        miss.cause, miss.index = "", got
+    elif full > hittable:
+        miss.cause, miss.index = "logits", hittable
+    if miss.index >= 0:
+        miss.first_token, miss.last_token = miss.index * unit, (miss.index + 1) * unit - 1
+    return miss
 
 
 @dataclass
@@ -158,26 +179,10 @@ class HashBook:
         config = self.config
         if config is None:
             return Miss("unknown", 0, 0)
-        unit = config.block_size
-        full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
-        got = event.num_hit_tokens // unit
-        miss = Miss("all hit", got, full)
-        if not config.settings.get("enable_prefix_caching", True):
-            miss.cause = "cache off"
-        elif full == 0:
-            miss.cause = "short"
-        elif got < hittable:
-            self._place(miss, got, unit)
-            self._examine(miss, config, unit)
-        elif full > hittable:
-            self._place(miss, hittable, unit)
-            miss.cause = "logits"
+        miss = first_miss(event, config)
+        if not miss.cause:
+            self._examine(miss, config, config.block_size)
         return miss
-
-    @staticmethod
-    def _place(miss: Miss, index: int, unit: int) -> None:
-        miss.index = index
-        miss.first_token, miss.last_token = index * unit, index * unit + unit - 1
 
     def _examine(self, miss: Miss, config: EngineConfigured, unit: int) -> None:
         """Look for the missing block in every group."""
@@ -240,7 +245,10 @@ class HashBook:
                 continue
             if twin.lora != own.lora:
                 miss.cause, miss.other = "lora", twin.request
+                miss.under = f"with LoRA {twin.lora}" if twin.lora else "without a LoRA"
                 return
             if twin.salted or own.salted:
                 miss.cause, miss.other = "salt", twin.request
+                salt = "under another salt" if own.salted else "under a salt"
+                miss.under = salt if twin.salted else "without a salt"
                 return

@@ -48,7 +48,7 @@ def looked_up(
     if miss.cause == "cache off":
         return f"prefix cache: {why}"
     if not miss.num_full_blocks:
-        return f"prefix cache: nothing to look up, {why}"
+        return f"prefix cache: nothing to look up: {why}"
     said = f"prefix cache: {miss.num_hit_blocks} of {many(miss.num_full_blocks, 'block')} hit"
     if event.num_hit_tokens:
         said += f": {groups(event.blocks)} ({event.num_hit_tokens} of {event.num_tokens} tokens)"
@@ -64,7 +64,7 @@ def missing(miss: Miss, name: Callable[[int], str], config: EngineConfigured | N
         return "off in this engine, every token is computed"
     if miss.cause == "short":
         size = config.block_size if config else 0
-        return f"shorter than a block of {size} tokens"
+        return f"it is shorter than a block of {size} tokens"
     if miss.cause == "logits":
         return (
             f"{which} is computed in any case: the last token has to run for its logits, "
@@ -75,8 +75,7 @@ def missing(miss: Miss, name: Callable[[int], str], config: EngineConfigured | N
             return f"nobody had cached a block that goes on like its {which}"
         return f"nobody had cached its first block (tokens 0–{miss.last_token})"
     if miss.cause in ("lora", "salt"):
-        other = "another LoRA" if miss.cause == "lora" else "another salt"
-        return f"{name(miss.other)} has the same tokens in {which}, but under {other}"
+        return f"{name(miss.other)} has the same tokens in {which}, but {miss.under}"
     if miss.cause == "unread":
         return (
             f"{which} was in the cache (block {miss.block}, from {name(miss.cached_by)} at event "

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_trace.errors import UsageError, VllmTraceError, unknown
+from vllm_trace.extending import run_file
 
 if TYPE_CHECKING:
     from vllm_trace.trace import Trace
@@ -157,19 +158,7 @@ def load(path: Path) -> None:
 
     Raises: ``UsageError`` when it cannot be run, or registers none.
     """
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    name = f"vllm_trace_exporters_{path.stem}"
-    spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError(f"{path} is no Python file", hint="Give a file with @exporter in it")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    name = run_file(path, "exporter")
     if not any(getattr(known.run, "__module__", "") == name for known in FORMATS.values()):
         raise UsageError(f"{path} registers no exporter", hint="Give a file with @exporter in it")
 

@@ -268,8 +268,8 @@ class Engine:
     def _compose(self, step: Step, event: StepScheduled) -> None:
         """A step unlike the one before: look at each of its requests."""
         at, link = event.started_ns, step.link
-        before, batch = self._batch, {}
-        self._batch = batch
+        before = self._batch
+        batch = self._batch = {}
         joining: list[Life] = []
         requests, counts = event.requests or (), event.num_tokens or ()
         for place, request in enumerate(requests):
@@ -466,8 +466,9 @@ class Engine:
         self._finish_ending()
         for step in [*self.steps.values()]:
             for chunk in step.chunks:
-                if self.lives.get(chunk.life.number) is chunk.life:
-                    chunk.life.end_chunk(chunk, self.last_ns, None, **{a.INCOMPLETE: True})
+                known = self.lives.get(chunk.life.number)
+                if known is not None and known is chunk.life:
+                    known.end_chunk(chunk, self.last_ns, None, **{a.INCOMPLETE: True})
             step.chunks = []
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)

@@ -28,6 +28,9 @@ ROWS = 65_536
 BYTES = 4 * 1024 * 1024
 """Bytes of columns after which a row group is written, however few rows it has."""
 
+BY_RANGE = ("number", "step", "at_ns", "request", "block", "from_event", "to_event", "arrived_ns")
+"""Columns with the least and the largest value of each row group, by which a query leaves groups out."""
+
 FAST_FROM = 700_000
 """Bytes of a trace file from which on it pays to load the compiled reader (about 40,000 events)."""
 
@@ -80,6 +83,7 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": texts or False,
+        "write_statistics": [name for name in schema.names if name in BY_RANGE],
         "column_encoding": encodings or None,
         "write_batch_size": 8192,
     }
@@ -119,7 +123,8 @@ def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
         )
     }  # fmt: skip
     try:
-        _fill(trace, options.tokens, files, made)
+        with _one_heap():
+            _fill(trace, options.tokens, files, made)
     except BaseException:
         for table in (*files.values(), *made.values()):
             table.abandon()
@@ -137,6 +142,18 @@ def export(trace: Trace, out: Path, options: ExportOptions) -> Exported:
         counts | {"tenancies of blocks": made["blocks"].num_rows},
         notes=["the tables are marked: vllm_trace.complete is no"] if problems else [],
     )
+
+
+@contextlib.contextmanager
+def _one_heap() -> Iterator[None]:
+    """Arrow's memory from the C library's heap, as NumPy's: freed pages of its own pool stay with that pool,
+    and a long trace leaves more and more of them."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 def _table(out: Path, name: str, schema: pa.Schema, about: dict[str, str]) -> TableFile:

@@ -186,7 +186,7 @@ class _Timeline:
 
     def _arrived(self, process: _Process, event: RequestArrived, at: int) -> None:
         if not process.requests:
-            process.requests = self.made.track("requests", process.uuid, rank=30, order="time")
+            process.requests = self.made.track("requests", process.uuid, by_time=True)
         if event.request in self.requests:
             self._end_request(event.request, at, {"unfinished": True})
         track = self.made.track(event.request_id, process.requests)
@@ -276,8 +276,9 @@ class _Timeline:
         for name, value in values.items():
             track = process.counters.get(name)
             if track is None:
-                rank = 10 + len(process.counters)
-                track = process.counters[name] = self.made.counter(name, process.uuid, rank=rank)
+                track = process.counters[name] = self.made.counter(
+                    name, process.uuid, name.split()[0]
+                )
             self.made.value(track, at, value)
 
     def _updated(self, number: int, process: _Process, event: StepUpdated) -> None:
@@ -359,7 +360,7 @@ class _Timeline:
             if free <= begin:
                 process.steps[place] = (track, end)
                 return track
-        track = self.made.track("steps", process.uuid, rank=20)
+        track = self.made.track("steps", process.uuid)
         process.steps.append((track, end))
         return track
 
@@ -393,7 +394,7 @@ class _Timeline:
         track = process.thread
         if event.clock != "host":
             if not process.gpu:
-                process.gpu = self.made.track("attention on the device", process.uuid, rank=25)
+                process.gpu = self.made.track("attention on the device", process.uuid)
             track = process.gpu
         name = f"{event.kernel} {variant}".strip()
         for layer, at, dur in zip(event.layers, event.started_ns, event.dur_ns):
@@ -419,6 +420,6 @@ class _Timeline:
 
     def mark(self, problems: list[str]) -> None:
         """Say on a track of its own what keeps the trace from being whole."""
-        track = self.made.track("this trace is not whole", self.processes[0].uuid, rank=1)
+        track = self.made.track("this trace is not whole", self.processes[0].uuid)
         for problem in problems:
             self.made.slice(track, self.now, 1, problem, "problem")

@@ -17,7 +17,7 @@ from vllm_trace.events import (
     PrefixLookedUp,
     RequestArrived,
 )
-from vllm_trace.explain.cache import Miss
+from vllm_trace.explain.cache import Miss, first_miss
 
 REMEMBERED = 200_000
 """Lost hashes that are still understood."""
@@ -126,19 +126,9 @@ class PrefixHistory:
         config = self.config
         if config is None:
             return Miss("unknown", 0, 0)
-        unit = config.block_size
-        full, hittable = event.num_tokens // unit, (event.num_tokens - 1) // unit
-        got = event.num_hit_tokens // unit
-        miss = Miss("all hit", got, full)
-        if not config.settings.get("enable_prefix_caching", True):
-            miss.cause = "cache off"
-        elif full == 0:
-            miss.cause = "short"
-        elif got < hittable:
-            miss.index = got
+        miss = first_miss(event, config)
+        if not miss.cause:
             self._examine(miss, hashes, config)
-        elif full > hittable:
-            miss.index, miss.cause = hittable, "logits"
         return miss
 
     def _examine(self, miss: Miss, hashes: list[int], config: EngineConfigured) -> None:

@@ -148,6 +148,7 @@ class SpanFold:
         """Take in some events of a process, in its order."""
         self.num_events += len(events)
         engine = process.engine
+        event: Any
         for event in events:
             kind = type(event)
             method = _ENGINE.get(kind)

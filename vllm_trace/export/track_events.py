@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (
     BuiltinClock,
-    CounterDescriptor,
     TracePacket,
     TrackDescriptor,
     TrackEvent,
@@ -19,16 +18,6 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import (
 
 SEQUENCE = 1
 """All packets are of one sequence: they share the names."""
-
-UNITS = {
-    "count": CounterDescriptor.UNIT_COUNT,
-    "bytes": CounterDescriptor.UNIT_SIZE_BYTES,
-}
-ORDERS = {
-    "given": TrackDescriptor.EXPLICIT,
-    "time": TrackDescriptor.CHRONOLOGICAL,
-    "name": TrackDescriptor.LEXICOGRAPHIC,
-}
 
 Facts = Mapping[str, Any]
 """What the panel of a slice shows: numbers and texts by name."""
@@ -68,7 +57,6 @@ class TrackEvents:
         track.process.pid = pid
         track.process.process_name = name
         track.process.process_labels.extend(labels)
-        track.child_ordering = ORDERS["given"]
         self._write(packet)
         return track.uuid
 
@@ -79,19 +67,23 @@ class TrackEvents:
         self._write(packet)
         return track.uuid
 
-    def track(self, name: str, parent: int, rank: int = 0, order: str = "") -> int:
-        """A track below another; ``order`` is that of the tracks below it."""
+    def track(self, name: str, parent: int, by_time: bool = False) -> int:
+        """A track below another. Those below it are shown by name, or by when they begin.
+
+        What is below a process is shown by name whatever is said.
+        """
         packet, track = self._track()
-        track.name, track.parent_uuid, track.sibling_order_rank = name, parent, rank
-        if order:
-            track.child_ordering = ORDERS[order]
+        track.name, track.parent_uuid = name, parent
+        if by_time:
+            track.child_ordering = TrackDescriptor.CHRONOLOGICAL
         self._write(packet)
         return track.uuid
 
-    def counter(self, name: str, parent: int, unit: str = "count", rank: int = 0) -> int:
+    def counter(self, name: str, parent: int, unit: str) -> int:
+        """A curve; those of one unit have one scale, so that they can be compared."""
         packet, track = self._track()
-        track.name, track.parent_uuid, track.sibling_order_rank = name, parent, rank
-        track.counter.unit = UNITS[unit]
+        track.name, track.parent_uuid = name, parent
+        track.counter.unit_name = track.counter.y_axis_share_key = unit
         self._write(packet)
         return track.uuid
 

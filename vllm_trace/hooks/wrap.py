@@ -100,8 +100,9 @@ def make_wrapper(
 
 def _spell_out(signature: inspect.Signature) -> tuple[str, str]:
     """The parameter list and the argument list of a forwarding call, as source."""
-    shown, call = [], []
-    last = inspect.Parameter.POSITIONAL_ONLY
+    shown: list[str] = []
+    call: list[str] = []
+    last: Any = inspect.Parameter.POSITIONAL_ONLY
     for name, parameter in signature.parameters.items():
         if last is parameter.POSITIONAL_ONLY and parameter.kind is not last and shown:
             shown.append("/")
@@ -138,7 +139,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef:
 
 
 def _body(function: Callable[..., None], indent: int) -> list[str]:
-    statements = _tree(function).body  # type: ignore[arg-type]
+    statements = _tree(function).body
     if isinstance(statements[0], ast.Expr) and isinstance(statements[0].value, ast.Constant):
         statements = statements[1:]
     for node in statements:
@@ -150,7 +151,7 @@ def _body(function: Callable[..., None], indent: int) -> list[str]:
 
 def _before(function: Callable[..., Any], indent: int) -> list[str]:
     """Its statements; what its last one returns is ``seen``."""
-    *statements, last = _tree(function).body  # type: ignore[arg-type]
+    *statements, last = _tree(function).body
     assert isinstance(last, ast.Return) and last.value is not None
     text = "\n".join([*map(ast.unparse, statements), f"seen = {ast.unparse(last.value)}"])
     return textwrap.indent(text, " " * indent).splitlines()

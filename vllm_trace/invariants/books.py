@@ -119,6 +119,10 @@ class Books(PoolBooks):
 
         self.grown: set[int] = set()
         self.plans: dict[int, Plan] = {}
+        self.left: dict[int, list[tuple[int, Table]]] = {}
+        """Tables that a request had up to a step that a worker may not have executed yet, oldest first."""
+        self._left_in: deque[tuple[int, int]] = deque()
+        """(step, request) of each of them."""
         self.executed: dict[int, int] = {}
         """Per process the last step that it executed."""
         self.freed: list[tuple[int, BlocksFreed]] = []
@@ -217,17 +221,27 @@ class Books(PoolBooks):
         table = self.tables.pop(request, None)
         if table is None:
             return
-        done = min(self.executed.values(), default=0)
-        for step in reversed(self.plans):
-            if step <= done:
-                break
-            self.plans[step].left.setdefault(request, table)
+        if min(self.executed.values(), default=0) < self.step:
+            self.left.setdefault(request, []).append((self.step, table))
+            self._left_in.append((self.step, request))
         for row in table:
             self._let_go_of(row)
 
     def planned_table(self, plan: Plan, request: int) -> Table | None:
         """The request's table in the life that was planned; it has only grown since."""
-        return plan.left.get(request) or self.tables.get(request)
+        for step, table in self.left.get(request, ()):
+            if plan.event.step <= step:
+                return table
+        return self.tables.get(request)
+
+    def _forget_left(self, oldest: int) -> None:
+        """No plan older than that is kept."""
+        while self._left_in and self._left_in[0][0] < oldest:
+            _, request = self._left_in.popleft()
+            tables = self.left[request]
+            del tables[0]
+            if not tables:
+                del self.left[request]
 
     # Tables ---------------------------------------------------------------------------
 
@@ -328,6 +342,8 @@ class Books(PoolBooks):
         self.plans[event.step] = plan
         if len(self.plans) > PLANS_KEPT:
             del self.plans[next(iter(self.plans))]
+            if self._left_in:
+                self._forget_left(next(iter(self.plans)))
 
     def step_updated(self, event: StepUpdated) -> None:
         plan = self.plans.get(event.step)

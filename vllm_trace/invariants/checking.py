@@ -107,11 +107,11 @@ class _Engine:
         for judgement, rule in self.rules:
             if id(judgement) not in open_:
                 continue
-            for kind, before, name in judgement.invariant.handlers:
-                if kind == "end":
+            for wanted, before, method in judgement.invariant.handlers:
+                if wanted == "end":
                     continue
-                calls = self.plan.setdefault(KINDS[kind], [])
-                call = (getattr(rule, name) if name else rule, judgement)
+                calls = self.plan.setdefault(KINDS[wanted], [])
+                call = (getattr(rule, method) if method else rule, judgement)
                 # Before the books: in the order of the rules, so each goes where the books are.
                 places = [i for i, (_, owner) in enumerate(calls) if owner is None]
                 place = places[-1] if places else len(calls)
@@ -174,12 +174,13 @@ class _Judge:
     def run(self, label: str) -> Report:
         number, engines = 0, self.engines
         for process, batch in batches(self.trace):
+            engine = engines.get(process) or self._engine_of(process)
             for event in batch:
                 number += 1
                 kind = type(event)
                 if kind is EngineConfigured:
                     self._configured(number, process, event)
-                engine = engines.get(process) or self._engine_of(process)
+                    engine = engines[process]
                 if engine is None:
                     continue
                 calls = engine.plan.get(kind)
@@ -219,10 +220,21 @@ class _Judge:
     def _engine_of(self, process: int) -> _Engine | None:
         """Of a process without a scheduler: the engine that it works for, if that is known."""
         configured = [engine for engine in self._engines() if engine.configured]
-        if len(configured) != 1:
+        home = configured[0] if len(configured) == 1 else self._started_by(process)
+        if home is not None:
+            self.engines[process] = home
+        return home
+
+    def _started_by(self, process: int) -> _Engine | None:
+        """Of several engines the one whose process started this one, as its header tells."""
+        headers = [file.header for file in getattr(self.trace, "files", ())]
+        if not headers:
             return None
-        self.engines[process] = configured[0]
-        return configured[0]
+        host, parent = headers[process].get("host"), headers[process].get("parent")
+        for number, header in enumerate(headers):
+            if (header.get("host"), header.get("pid")) == (host, parent):
+                return self.engines.get(number)
+        return None
 
     def _go_on(
         self,

@@ -14,7 +14,7 @@ PLANS_KEPT = 64
 class Plan:
     """What a step was planned to be; a worker executes it now or later."""
 
-    __slots__ = ("_counts", "_ends", "end_list", "event", "grown", "left", "requests")
+    __slots__ = ("_counts", "_ends", "end_list", "event", "grown", "requests")
 
     def __init__(self, event: StepScheduled, ends: list[int], grown: set[int]) -> None:
         self.event = event
@@ -24,8 +24,6 @@ class Plan:
         """Tokens of each that have KV after the step."""
         self.grown = grown
         """Requests that got blocks for this step."""
-        self.left: dict[int, Table] = {}
-        """Tables of requests that left since."""
         self._ends: dict[int, int] | None = None
         self._counts: dict[int, int] | None = None
 

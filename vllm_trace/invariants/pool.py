@@ -23,6 +23,7 @@ class PoolBooks:
     scheduling: bool
     windowed: list[int]
     passed: PassedBlocks
+    freed: list[tuple[int, BlocksFreed]]
 
     def begin_pool(self) -> None:
         """A new pool: nothing is taken, nothing is cached."""

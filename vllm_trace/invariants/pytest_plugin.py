@@ -9,6 +9,7 @@ Every pytest of the environment loads this file, so nothing but pytest is import
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,7 @@ class Recording:
         from vllm_trace.trace import read_trace
 
         self.stop()
+        gc.collect()  # an engine that nobody holds any more ends, and its process closes its file
         return read_trace(self.folder)
 
     def check(self, *ids: str, also: tuple[Any, ...] | list[Any] = ()) -> Report:
@@ -193,7 +195,13 @@ class Recording:
         if broken:
             raise AssertionError("\n\n".join(in_words(each) for each in broken))
         if report.verdict != "clean":
-            raise AssertionError(unjudged_in_words(report.incomplete))
+            said = unjudged_in_words(report.incomplete)
+            if any("still runs" in reason for reason in report.incomplete):
+                said += (
+                    "\nAn engine in a process of its own closes its file when it ends: let go of it in the test "
+                    "(no global, no fixture that outlives it), or start it with VLLM_ENABLE_V1_MULTIPROCESSING=0."
+                )
+            raise AssertionError(said)
         return report
 
 

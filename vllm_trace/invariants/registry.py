@@ -18,12 +18,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import KINDS
+from vllm_trace.extending import run_file
 
 NEEDS = {
     "full": "events of level full",
@@ -235,17 +235,7 @@ def load(path: Path) -> None:
     Raises: ``UsageError`` when it cannot be run, or registers none.
     """
     before = built_ins().copy()
-    name = f"vllm_trace_invariants_{path.stem}"
-    spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UsageError(f"{path} is no Python file", hint="Give a file with @invariant in it")
-    module = module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    name = run_file(path, "invariant")
     if before == REGISTRY and not any(
         getattr(rule.make, "rule", rule.make).__module__ == name for rule in REGISTRY.values()
     ):

@@ -63,7 +63,7 @@ def is_one_process(trace: Source) -> bool:
 
 def batches(trace: Source) -> Iterator[tuple[int, Iterable[Event]]]:
     """(process, events) in the order of ``records``; whole batches where one process told all."""
-    if is_one_process(trace):
+    if isinstance(trace, Trace) and is_one_process(trace):
         for batch in trace.files[0].batches():
             yield 0, batch
     else:

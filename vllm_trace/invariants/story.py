@@ -132,8 +132,16 @@ def _freed(event: RequestFreed, names: Names) -> str:
     return f"{_who(event.request, names)} has given its blocks back"
 
 
+def _noun(number: int) -> str:
+    return "block" if number == 1 else "blocks"
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token{'' if number == 1 else 's'}"
+
+
 def _looked_up(event: PrefixLookedUp, names: Names) -> str:
-    hit = f"hits {event.num_hit_tokens} tokens in blocks {_blocks(event.blocks)}"
+    hit = f"hits {event.num_hit_tokens} tokens in {_noun(sum(map(len, event.blocks)))} {_blocks(event.blocks)}"
     if not event.num_hit_tokens:
         hit = "hits nothing"
     return f"{_who(event.request, names)} looks its {event.num_tokens} tokens up and {hit}"
@@ -142,26 +150,28 @@ def _looked_up(event: PrefixLookedUp, names: Names) -> str:
 def _allocated(event: SlotsAllocated, names: Names) -> str:
     hits = f", hits {_blocks(event.hit_blocks)}" if any(event.hit_blocks) else ""
     return (
-        f"{_who(event.request, names)} gets blocks {_blocks(event.blocks)}{hits} for "
-        f"{event.num_new_tokens} tokens; {event.num_free_blocks} are free"
+        f"{_who(event.request, names)} gets {_noun(sum(map(len, event.blocks)))} {_blocks(event.blocks)}{hits} for "
+        f"{_tokens(event.num_new_tokens)}; {event.num_free_blocks} are free"
     )
 
 
 def _refused(event: SlotsRefused, names: Names) -> str:
     wanted = f" ({event.num_wanted_blocks} wanted)" if event.num_wanted_blocks else ""
     return (
-        f"{_who(event.request, names)} is refused blocks{wanted} for {event.num_new_tokens} tokens; "
+        f"{_who(event.request, names)} is refused blocks{wanted} for {_tokens(event.num_new_tokens)}; "
         f"{event.num_free_blocks} are free"
     )
 
 
 def _counts(event: BlocksTouched | BlocksFreed, what: str) -> str:
-    return f"blocks {_list(event.blocks)} {what}, then count {_list(event.ref_cnts)} reference(s)"
+    verb = "is" if len(event.blocks) == 1 else "are"
+    said = f"{_noun(len(event.blocks))} {_list(event.blocks)} {verb} {what}"
+    return f"{said}, then count {_list(event.ref_cnts)} reference(s)"
 
 
 def _cached(event: BlocksCached, names: Names) -> str:
     return (
-        f"blocks {_list(event.blocks)} can be hit, for {_who(event.request, names)} from position "
+        f"{_noun(len(event.blocks))} {_list(event.blocks)} can be hit, for {_who(event.request, names)} from position "
         f"{event.first} (group {event.group})"
     )
 
@@ -215,10 +225,12 @@ _TELL: dict[type[Event], Callable[[Any, Names], str]] = {
     PrefixLookedUp: _looked_up,
     SlotsAllocated: _allocated,
     SlotsRefused: _refused,
-    BlocksTaken: lambda e, n: f"blocks {_list(e.blocks)} are taken from the free queue",
+    BlocksTaken: lambda e, n: (
+        f"{_noun(len(e.blocks))} {_list(e.blocks)} {'is' if len(e.blocks) == 1 else 'are'} taken from the free queue"
+    ),
     BlockEvicted: lambda e, n: f"block {e.block} is evicted from the prefix cache",
-    BlocksTouched: lambda e, n: _counts(e, "are touched"),
-    BlocksFreed: lambda e, n: _counts(e, "are given back"),
+    BlocksTouched: lambda e, n: _counts(e, "touched"),
+    BlocksFreed: lambda e, n: _counts(e, "given back"),
     BlocksCached: _cached,
     PrefixCacheReset: lambda e, n: f"the prefix cache is {'reset' if e.ok else 'not reset'}",
     StepScheduled: _scheduled,

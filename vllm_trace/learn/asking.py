@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from vllm_trace.learn.book import Allocation, Book, StepSeen, cdiv
-from vllm_trace.learn.questions import Question, question
+from vllm_trace.learn.questions import Question, many, question
 
 
 def position_of(book: Book, rng: random.Random) -> tuple[StepSeen, int, int]:
@@ -110,7 +110,7 @@ def layer_of_call(book: Book, rng: random.Random) -> Question:
     some = book.steps[first : first + rng.randrange(1, 6)]
     tokens = sum(step.num_tokens for step in some)
     return Question(
-        f"Steps {some[0].number} to {some[-1].number} computed {tokens} token(s). How many K vectors (one "
+        f"Steps {some[0].number} to {some[-1].number} computed {many(tokens, 'token')}. How many K vectors (one "
         f"for each token, layer and KV head) did they write?",
         str(tokens * layers * kv),
         f"{tokens} tokens x {layers} layers x {kv} KV heads = {tokens * layers * kv}.",
@@ -156,7 +156,7 @@ def free_after(book: Book, rng: random.Random) -> Question:
     before = one.free + len(one.new)
     return Question(
         f"Before event {one.event}, {before} blocks were free. {book.name(one.request)} then got "
-        f"{len(one.new)} new block(s) and {len(one.hits)} by prefix hit, which others were using. "
+        f"{many(len(one.new), 'new block')} and {len(one.hits)} by prefix hit, which others were using. "
         f"How many were free after it?",
         str(one.free),
         f"{before} - {len(one.new)} = {one.free}: a block that is in use is shared, not taken.",
@@ -187,7 +187,9 @@ def _hits_in_use(book: Book, one: Allocation) -> bool:
 
 
 def ids_text(blocks: list[int]) -> str:
-    return "block " + ", ".join(map(str, blocks)) if len(blocks) < 9 else f"{len(blocks)} blocks"
+    if len(blocks) > 8:
+        return f"{len(blocks)} blocks"
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
 
 
 def _step_of(book: Book, one: Allocation) -> int:
@@ -241,8 +243,8 @@ def refusal(book: Book, rng: random.Random) -> Question:
         head = "A request was refused"
     need = cdiv(tokens, size) - held
     return Question(
-        f"{head}. It held {held} block(s), needed room for {tokens} tokens in all, and {free} block(s) of "
-        f"{size} were free. How many blocks were missing?",
+        f"{head}. It held {many(held, 'block')} of {size} tokens and needed room for {tokens} tokens in all; "
+        f"{many(free, 'block')} {'was' if free == 1 else 'were'} free. How many blocks were missing?",
         str(need - free),
         f"{tokens} / {size} rounded up is {cdiv(tokens, size)}, less {held} it held: {need} wanted, {free} "
         f"free. It got none of them: all or nothing.",

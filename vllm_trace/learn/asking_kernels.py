@@ -1,11 +1,11 @@
-"""Questions about kernels: the V1/V2 rule, chunks, launches, layouts, bytes."""
+"""Questions about kernels: the V1/V2 rule, chunks, launches, loops."""
 
 from __future__ import annotations
 
 import random
 
 from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
-from vllm_trace.learn.questions import Question, question
+from vllm_trace.learn.questions import Question, many, question
 
 
 def _decode(book: Book, rng: random.Random) -> StepSeen:
@@ -155,8 +155,8 @@ def budget_left(book: Book, rng: random.Random) -> Question:
     step = rng.choice(steps)
     ones = sum(1 for n in step.counts.values() if n == 1)
     return Question(
-        f"In step {step.number}, {ones} request(s) compute a single token each. A step may have {budget} "
-        f"tokens. How many are left for chunks of prompts?",
+        f"In step {step.number}, {many(ones, 'request')} of {len(step.counts)} had one token to compute. A step "
+        f"may have {budget} tokens. How many were left for chunks of prompts?",
         str(budget - ones),
         f"{budget} - {ones} = {budget - ones}; those who run are served first.",
         ("Each of them takes one token of the budget.",),
@@ -178,7 +178,7 @@ def grid_size(book: Book, rng: random.Random) -> Question:
     two = book.chosen(step) == "V2"
     blocks = programs * (parts if two else 1)
     return Question(
-        f"Decode step {step.number} runs {book.chosen(step)}: {len(step.counts)} sequence(s), "
+        f"Decode step {step.number} runs {book.chosen(step)}: {many(len(step.counts), 'sequence')}, "
         f"{book.num_heads} heads, longest {longest}. How many thread blocks has the grid?",
         str(blocks),
         (
@@ -273,161 +273,24 @@ def merge_weight(book: Book, rng: random.Random) -> Question:
     )
 
 
-# The cache ---------------------------------------------------------------------------------
-
-
 @question
-def slots_written(book: Book, rng: random.Random) -> Question:
-    step = rng.choice(book.steps)
-    count = step.num_tokens
+def merge_share(book: Book, rng: random.Random) -> Question:
+    split = [s for s in book.steps if book.is_decode(s) and s.max_seq_len > PARTITION]
+    length = rng.choice(split).max_seq_len if split else PARTITION + rng.randrange(8, PARTITION)
+    parts = cdiv(length, PARTITION)
+    last = length - (parts - 1) * PARTITION
+    share = round(100 * last / length)
     return Question(
-        f"Step {step.number} has {len(step.counts)} request(s) with {count} tokens in all. Into how many "
-        f"slots does reshape_and_cache write in one layer?",
-        str(count),
-        f"One for each new token, of prompts and of decodes alike: {count}.",
-        ("Each token that is computed has a slot.",),
+        f"V2 cuts the {length} tokens of a sequence into partitions of {PARTITION}. If all logits were equal, "
+        f"how many per cent (to the nearest whole) would the last partition's output weigh in the reduce?",
+        str(share),
+        f"Every token weighs the same, and it has {last} of {length}: {100 * last / length:.1f} %.",
+        ("How many tokens has the last partition?", "With equal logits a sum is the number of tokens."),
         wrong={
-            str(len(step.counts)) if len(step.counts) != count else "-1":
-                "one for each token, not for each request",
-            str(count * book.num_layers): "that is all layers",
+            str(round(100 / parts)): "partitions weigh by their sums, and the last one has fewer tokens",
+            str(last): "that is its tokens: of how many?",
         },
-        look=f"events --step {step.number} --kind slots.mapped",
     )  # fmt: skip
-
-
-@question
-def copies_needed(book: Book, rng: random.Random) -> Question:
-    size = book.block_size
-    prompt = rng.randrange(2, 6) * size + rng.randrange(1, size)
-    answers = rng.randrange(2, 6)
-    full = prompt // size
-    return Question(
-        f"{answers} answers to one prompt of {prompt} tokens share its full blocks (of {size}) and each "
-        f"has a tail of its own. How many blocks are in use before anything is generated?",
-        str(full + answers),
-        f"{full} shared ones and {answers} tails: {full + answers}. Nothing was copied.",
-        ("How many blocks are full?", "The last one is not: it will be written to."),
-        wrong={
-            str((full + 1) * answers): "that is without sharing",
-            str(full + 1): "each writes its own next tokens: the tail cannot be shared",
-            str(full): "the tails count too",
-        },
-    )
-
-
-@question
-def fork_copies(book: Book, rng: random.Random) -> Question:
-    owners = rng.randrange(2, 6)
-    return Question(
-        f"V0 forked: {owners} sequences held one partly filled block. All of them generate a token now. "
-        f"How many copies of the block does copy-on-write make?",
-        str(owners - 1),
-        f"Whoever writes while others hold it copies; the last one is alone and writes in place: "
-        f"{owners - 1}.",
-        ("Who is alone with a block may write to it.",),
-        wrong={str(owners): "the last one is its only owner by then", "1": "each of them writes"},
-    )
-
-
-@question
-def vector_x(book: Book, rng: random.Random) -> Question:
-    width = rng.choice([1, 2, 4])
-    name = {1: "fp8", 2: "float16", 4: "float32"}[width]
-    return Question(
-        f"A thread loads 16 bytes of keys at once. With a cache of {name}, what is x, the number of "
-        f"elements that stand side by side?",
-        str(16 // width),
-        f"16 / {width} bytes = {16 // width}.",
-        ("How many bytes has an element?",),
-        wrong={"16": "bytes, not elements"} if width > 1 else {"1": "one byte each: 16 of them"},
-    )
-
-
-@question
-def key_offset(book: Book, rng: random.Random) -> Question:
-    x, size = 16 // book.element_size, book.block_size
-    block = rng.randrange(1, min(6, book.config.num_blocks))
-    token, kv, head = rng.randrange(1, size), book.num_kv_heads, book.head_size
-    offset = block * kv * head * size + token * x
-    return Question(
-        f"The key cache is [blocks, {kv}, {head // x}, {size}, {x}]. At which element does the key of "
-        f"the token at place {token} of block {block} begin (head 0, element 0)?",
-        str(offset),
-        f"{block} x {kv * head * size} + {token} x {x} = {offset}.",
-        (f"A block has {kv * head * size} elements.", f"Two tokens are {x} elements apart."),
-        wrong={
-            str(block * kv * head * size + token): f"tokens are {x} elements apart, not 1",
-            str(block * kv * head * size + token * head): "that is the layout [block, token, head]",
-            str(token * x): "and the blocks before it?",
-        },
-    )
-
-
-@question
-def fp8_blocks(book: Book, rng: random.Random) -> Question:
-    width = book.element_size
-    usable = book.config.num_blocks - 1 + rng.randrange(0, 200)
-    return Question(
-        f"Memory holds {usable} blocks with {width} bytes an element. How many blocks does it hold with fp8?",
-        str(usable * width),
-        f"An element shrinks from {width} bytes to 1: {usable} x {width} = {usable * width}.",
-        ("fp8 has one byte.",),
-        wrong={
-            str(usable): "blocks are smaller then, so more of them fit",
-            str(usable // width): "more, not fewer",
-        },
-    )
-
-
-@question
-def value_offset(book: Book, rng: random.Random) -> Question:
-    size, kv, head = book.block_size, book.num_kv_heads, book.head_size
-    block, token = rng.randrange(1, min(6, book.config.num_blocks)), rng.randrange(1, size)
-    element = rng.randrange(1, head)
-    offset = block * kv * head * size + element * size + token
-    return Question(
-        f"The value cache is [blocks, {kv}, {head}, {size}]. At which place in it is element {element} of "
-        f"the value at place {token} of block {block} (head 0)?",
-        str(offset),
-        f"{block} x {kv * head * size} + {element} x {size} + {token} = {offset}.",
-        (f"A block has {kv * head * size} elements.", "Tokens are innermost: one apart."),
-        wrong={
-            str(block * kv * head * size + token * head + element): "here tokens are innermost",
-            str(element * size + token): "and the blocks before it?",
-        },
-    )
-
-
-@question
-def fp8_bytes(book: Book, rng: random.Random) -> Question:
-    context = rng.choice(book.steps).max_seq_len
-    each = 2 * book.num_kv_heads * book.head_size * book.num_layers
-    return Question(
-        f"How many bytes do the K and V of {context} tokens take with fp8, in all {book.num_layers} "
-        f"layers ({book.num_kv_heads} KV heads of {book.head_size}; scales aside)?",
-        str(context * each),
-        f"2 x {book.num_kv_heads} x {book.head_size} x {book.num_layers} = {each} for a token; "
-        f"x {context} = {context * each}.",
-        ("First one token: K and V, all KV heads, all layers.",),
-        wrong={
-            str(context * each * book.element_size): f"that is with {book.element_size} bytes",
-            str(context * each // 2): "K and V both",
-            str(context * each // book.num_layers): "that is one layer",
-        },
-    )
-
-
-@question
-def fp8_scale(book: Book, rng: random.Random) -> Question:
-    times = rng.randrange(2, 9)
-    return Question(
-        f"The largest key of a layer is {448 * times}, FP8 (e4m3) reaches 448. By which whole number must "
-        f"keys be divided at least, so that none is clipped?",
-        str(times),
-        f"{448 * times} / 448 = {times}: that is k_scale.",
-        ("Largest value over largest number of the format.",),
-        wrong={str(448 * times): "that would make it 1", "448": "that is the format's range"},
-    )
 
 
 # What a step took --------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from vllm_trace.learn.book import Book, cdiv
-from vllm_trace.learn.questions import Question, question
+from vllm_trace.learn.questions import Question, many, question
 
 
 @question
@@ -33,13 +33,58 @@ def gqa_saves(book: Book, rng: random.Random) -> Question:
     kv = rng.choice([k for k in (1, 2, 4) if k < heads])
     usable = book.config.num_blocks - 1
     return Question(
-        f"With {heads} KV heads (MHA) the memory holds {usable} blocks. How many with {kv} KV head(s)?",
+        f"With {heads} KV heads (MHA) the memory holds {usable} blocks. How many with {many(kv, 'KV head')}?",
         str(usable * heads // kv),
         f"A block shrinks by {heads} / {kv} = {heads / kv:g}: {usable * heads // kv}.",
         ("A block's size goes with the KV heads.",),
         wrong={
             str(usable): "blocks get smaller, so more fit",
             str(usable * kv // heads): "more, not fewer",
+        },
+    )
+
+
+@question
+def bytes_read(book: Book, rng: random.Random) -> Question:
+    step = rng.choice([s for s in book.steps if book.is_decode(s)] or book.steps)
+    tokens = sum(step.before[r] + n for r, n in step.counts.items())
+    each = 2 * book.head_size * book.element_size
+    right = tokens * book.num_kv_heads * each
+    return Question(
+        f"In step {step.number} the sequences of the batch have {tokens} tokens together. How many bytes of "
+        f"K and V does attention read in one layer, each once ({book.num_kv_heads} KV heads of "
+        f"{book.head_size}, {book.element_size} bytes an element)?",
+        str(right),
+        f"{tokens} x 2 x {book.num_kv_heads} x {book.head_size} x {book.element_size} = {right}; with a KV head "
+        f"for each of {book.num_heads} query heads it would be {tokens * book.num_heads * each}.",
+        ("K and V of every token, for every KV head.",),
+        wrong={
+            str(right // 2): "K and V both",
+            str(tokens * book.num_heads * each): "query heads of a group read the same keys",
+            str(tokens * each): "that is one KV head",
+        },
+        look=f"steps --step {step.number}",
+    )
+
+
+@question
+def scale_bytes(book: Book, rng: random.Random) -> Question:
+    step = rng.choice(book.steps)
+    request = rng.choice(list(step.counts))
+    length = step.before[request] + step.counts[request]
+    right = length * 2 * book.num_kv_heads * 4
+    return Question(
+        f"After step {step.number} the cache has {many(length, 'token')} of {book.name(request)}. With int8 and "
+        f"a float scale (4 bytes) for each token and KV head, of K and V apart: how many bytes of scales "
+        f"is that in one layer?",
+        str(right),
+        f"{length} x {book.num_kv_heads} x 2 x 4 = {right}, beside {length * 2 * book.num_kv_heads * book.head_size} "
+        f"of int8 values.",
+        ("A scale for K and one for V, in every KV head.",),
+        wrong={
+            str(right // 2): "K and V have scales of their own",
+            str(right // 4): "scales, not bytes: each has 4",
+            str(length * 8): "every KV head has its own",
         },
     )
 
@@ -111,7 +156,7 @@ def tables_of_ranks(book: Book, rng: random.Random) -> Question:
     ranks, step = rng.choice([2, 4, 8]), rng.choice(book.steps)
     held = sum(len(table) for table in step.tables.values())
     return Question(
-        f"In step {step.number} the tables of {len(step.tables)} request(s) have {held} entries. How many "
+        f"In step {step.number} the tables of {many(len(step.tables), 'request')} have {held} entries. How many "
         f"block ids does the scheduler keep for them with {ranks} tensor-parallel ranks?",
         str(held),
         f"The same {held}: an id names the block on every rank, with that rank's heads in it.",
@@ -130,8 +175,8 @@ def score_bytes(book: Book, rng: random.Random) -> Question:
     query, context = step.counts[request], step.before[request] + step.counts[request]
     heads = book.num_heads
     return Question(
-        f"In step {step.number}, {query} tokens of {book.name(request)} see {context} keys with {heads} "
-        f"heads. How many bytes of scores (float32) would be written if attention were not fused?",
+        f"In step {step.number}, {many(query, 'token')} of {book.name(request)} attended to {context} keys with "
+        f"{heads} heads. How many bytes of scores (float32) would be written if attention were not fused?",
         str(query * context * heads * 4),
         f"{query} x {context} x {heads} x 4 = {query * context * heads * 4}.",
         ("A score for each query, key and head.",),
@@ -144,14 +189,19 @@ def score_bytes(book: Book, rng: random.Random) -> Question:
 
 @question
 def launches(book: Book, rng: random.Random) -> Question:
-    layers, parts = rng.randrange(2, 41), 5
+    first = rng.randrange(max(1, len(book.steps) - 9))
+    some = book.steps[first : first + rng.randrange(2, 9)]
+    calls = len(some) * book.num_layers
     return Question(
-        f"Attention as five kernels (QK, scale, mask, softmax, V) instead of one, in a model of {layers} "
-        f"layers: how many launches does a step save when they are fused?",
-        str(layers * (parts - 1)),
-        f"{layers} x 5 - {layers} x 1 = {layers * (parts - 1)}.",
-        ("The fused one is launched too.",),
-        wrong={str(layers * parts): "one for each layer is left", str(parts - 1): "in every layer"},
+        f"Steps {some[0].number} to {some[-1].number} called the attention kernel {calls} times. If it were "
+        f"five kernels (QK, scale, mask, softmax, V), how many more launches would that be?",
+        str(calls * 4),
+        f"5 x {calls} instead of {calls}: {calls * 4} more.",
+        ("One of the five would be launched anyway.",),
+        wrong={
+            str(calls * 5): "that is all of them; the one kernel is launched too",
+            "4": "that is for one call",
+        },
     )
 
 
@@ -161,7 +211,7 @@ def fused_writes(book: Book, rng: random.Random) -> Question:
     elements = step.num_tokens * book.num_heads * book.head_size
     width = book.element_size
     return Question(
-        f"Step {step.number} computes {step.num_tokens} tokens; the output of attention has {elements} "
+        f"Step {step.number} computes {many(step.num_tokens, 'token')}; the output of attention has {elements} "
         f"elements of {width} bytes in a layer. If attention writes it as fp8 at once, how many bytes are "
         f"written instead of {elements * width}?",
         str(elements),

@@ -6,7 +6,7 @@ import random
 
 from vllm_trace.learn.book import Book, StepSeen
 from vllm_trace.learn.evidence_steps import longest_request, mixed_step
-from vllm_trace.learn.questions import Question, question
+from vllm_trace.learn.questions import Question, many, question
 
 # The engine step ---------------------------------------------------------------------------
 
@@ -17,7 +17,7 @@ def batch_tokens(book: Book, rng: random.Random) -> Question:
     parts = ", ".join(f"{book.name(r)} {n}" for r, n in list(step.counts.items())[:8])
     return (
         Question(
-            f"Step {step.number} schedules {parts} token(s). How long is the flattened batch?",
+            f"Step {step.number} schedules these tokens: {parts}. How long is the flattened batch?",
             str(step.num_tokens),
             f"All of them side by side: {' + '.join(str(n) for n in step.counts.values())} = "
             f"{step.num_tokens}. There is no padding to the longest.",
@@ -74,7 +74,7 @@ def position_in_batch(book: Book, rng: random.Random) -> Question:
     request = rng.choice(list(step.counts))
     before, count = step.before[request], step.counts[request]
     return Question(
-        f"{book.name(request)} has {before} tokens in the cache and gets {count} token(s) in step "
+        f"{book.name(request)} has {many(before, 'token')} in the cache and gets {count} more in step "
         f"{step.number}. Which position has the last of them (from 0)?",
         str(before + count - 1),
         f"{before} + {count} - 1 = {before + count - 1}.",
@@ -96,7 +96,7 @@ def who_left(book: Book, rng: random.Random) -> Question:
     stay = len(step.counts)
     done = [r for r in step.counts if last[r].number == step.number]
     return Question(
-        f"Step {step.number} has {stay} request(s) and is the last step of {len(done)} of them. How "
+        f"Step {step.number} has {many(stay, 'request')} and is the last step of {len(done)} of them. How "
         f"many of its requests are in a later step?",
         str(left),
         f"{stay} - {len(done)} = {left}. Nobody waits for the others to be done.",
@@ -166,8 +166,8 @@ def loop_last(book: Book, rng: random.Random) -> Question:
     stored = step.before[request] + step.counts[request]
     out = stored - prompt + 1
     return Question(
-        f"{book.name(request)} has a prompt of {prompt} tokens. After step {step.number}, {out} token(s) "
-        f"had come out. K and V of how many tokens were in its blocks?",
+        f"{book.name(request)} has a prompt of {prompt} tokens. After step {step.number}, "
+        f"{many(out, 'token')} had come out. K and V of how many tokens were in its blocks?",
         str(stored),
         f"{prompt} + {out} - 1 = {stored}: the last token that came out had not gone in yet.",
         ("Which token was not an input yet?",),
@@ -194,7 +194,7 @@ def steps_of(book: Book, rng: random.Random) -> Question:
     wanted = rng.randrange(1, len(own) - parts + 2)
     right = own[parts - 1 + wanted - 1].number
     return Question(
-        f"The prompt of {book.name(request)} was computed in {parts} step(s), from step {own[0].number} on, "
+        f"The prompt of {book.name(request)} was computed in {many(parts, 'step')}, from step {own[0].number} on, "
         f"and it was in every step after that. In which step did its token number {wanted} come out (the "
         f"first is 1)?",
         str(right),

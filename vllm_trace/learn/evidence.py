@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
+from vllm_trace.learn.questions import many
 
 View = Callable[[Book], list[str]]
 EVIDENCE: dict[str, View] = {}
@@ -90,7 +91,7 @@ def settings(book: Book) -> list[str]:
 @evidence
 def layers(book: Book) -> list[str]:
     """Which layers called the attention kernel, step by step."""
-    lines = [f"layer {b.layer}: {b.backend} ({b.impl})"[:78] for b in book.backends[:4]]
+    lines = [f"{b.backend}  {b.layer}"[:78] for b in book.backends[:4]]
     rows = []
     for step in book.steps:
         if step.called:
@@ -184,7 +185,7 @@ def rule(book: Book) -> list[str]:
     rows = []
     for step in kept:
         longest, programs, parts = book.numbers_of_rule(step)
-        own = f"{step.planned.variant} of {step.planned.kernel}" if step.planned else "–"
+        own = step.planned.variant if step.planned else "–"
         rows.append([step.number, longest, programs, parts, book.chosen(step), own])
     ran = any(book.paged_kernel(step) for step in decodes)
     head = (
@@ -193,9 +194,9 @@ def rule(book: Book) -> list[str]:
         else "what the rule of 0.11.2 would choose here (it did not run), and what ran:"
     )
     lines = [head]
-    lines += table(
-        ["step", "longest", "seqs x heads", "parts", "rule", "the kernel that ran"], rows
-    )
+    lines += table(["step", "longest", "seqs x heads", "parts", "rule", "what ran"], rows)
+    kernels = dict.fromkeys(step.planned.kernel for step in kept if step.planned)
+    lines += textwrap.wrap(f"variants of {', '.join(kernels)}", 78) if kernels else []
     reasons = [str(getattr(step.planned, "reason", "")) for step in kept if step.planned]
     for reason in filter(None, dict.fromkeys(reasons[-2:])):
         lines += textwrap.wrap(f"recorded: {reason}", 78, subsequent_indent="  ")[:2]
@@ -203,7 +204,7 @@ def rule(book: Book) -> list[str]:
         *lines,
         "",
         f"V1 if longest <= {MAX_V1} and (parts == 1 or seqs x heads > {PARTITION}), else V2",
-        f"parts = longest / {PARTITION}, rounded up; {len(decodes)} decode steps in all",
+        f"parts = longest / {PARTITION}, rounded up; {many(len(decodes), 'decode step')} in all",
     ]
 
 
@@ -240,20 +241,24 @@ def _of_each_kind(book: Book) -> list[StepSeen]:
 def grid(book: Book) -> list[str]:
     """How the CUDA kernels would be launched for steps of this trace."""
     lines = []
+    outputs = (
+        2 * book.head_size * 4
+    )  # two of the four warps leave their part of the output to the others
     for step in _of_each_kind(book):
         longest, _, parts = book.numbers_of_rule(step)
         seqs, padded = len(step.counts), cdiv(longest, book.block_size) * book.block_size
         if book.chosen(step) == "V1":
             lines += [
-                f"step {step.number}, V1: {seqs} sequences, longest {longest}",
+                f"step {step.number}, V1: {many(seqs, 'sequence')}, longest {longest}",
                 f"  grid ({book.num_heads}, {seqs}, 1), 128 threads each",
-                f"  shared memory {padded * 4} bytes: a float for each of {padded} tokens",
+                f"  shared memory {max(padded * 4, outputs)} bytes: a float for each of {padded} tokens,"
+                f" or {outputs} for outputs",
             ]
         else:
             lines += [
-                f"step {step.number}, V2: {seqs} sequences, longest {longest}",
+                f"step {step.number}, V2: {many(seqs, 'sequence')}, longest {longest}",
                 f"  grid ({book.num_heads}, {seqs}, {parts}), 128 threads each",
-                f"  shared memory {PARTITION * 4} bytes: a float for each of {PARTITION} tokens",
+                f"  shared memory {max(PARTITION * 4, outputs)} bytes: a float for each of {PARTITION} tokens",
                 f"  scratch: {seqs} x {book.num_heads} x {parts} sums, as many maxima,"
                 f" and {book.head_size} times as many values",
                 f"  then the reduce, grid ({book.num_heads}, {seqs})",
@@ -341,23 +346,26 @@ def sizes(book: Book) -> list[str]:
 @evidence
 def timing(book: Book) -> list[str]:
     """Which steps took longest, and what the kernel's share was."""
-    timed = [s for s in book.steps if s.executed and s.called]
+    timed = [
+        (step, step.executed.forward_dur_ns, sum(step.called.dur_ns))
+        for step in book.steps
+        if step.executed and step.called
+    ]
     rows = []
-    for step in sorted(timed, key=lambda s: -s.executed.forward_dur_ns)[:6]:
-        kernel = sum(step.called.dur_ns)
+    for step, forward, kernel in sorted(timed, key=lambda each: -each[1])[:6]:
         longest, programs, parts = book.numbers_of_rule(step)
         rows.append(
             [
                 step.number,
                 step.num_tokens,
                 longest,
-                ms(step.executed.forward_dur_ns),
+                ms(forward),
                 ms(kernel),
                 f"{step.planned.variant}, {programs} x {parts}" if step.planned else "",
             ]
         )
     lines = table(["step", "tokens", "longest", "forward", "attention", "plan"], rows)
-    forward = sum(s.executed.forward_dur_ns for s in timed)
-    kernel = sum(sum(s.called.dur_ns) for s in timed)
+    forward = sum(each[1] for each in timed)
+    kernel = sum(each[2] for each in timed)
     share = f"{100 * kernel / forward:.0f} %" if forward else "unknown"
     return [*lines, "", f"attention took {share} of the forward passes of {len(timed)} steps"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_trace.learn.book import Book, StepSeen, cdiv
 from vllm_trace.learn.evidence import evidence, ids, ms, table
+from vllm_trace.learn.questions import many
 
 # The loop ----------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ def tiles(book: Book) -> list[str]:
     whole = query * context * book.num_heads * 4
     tile = query * book.block_size * book.num_heads * 4
     return [
-        f"step {step.number}: {query} new tokens of {book.name(request)} see {context}",
+        f"step {step.number}: {many(query, 'new token')} of {book.name(request)} and {context} keys",
         f"scores, all at once   {query} x {context} x {book.num_heads} heads x 4 bytes"
         f" = {whole} bytes",
         f"scores, block by block  {query} x {book.block_size} x {book.num_heads} x 4"
@@ -206,7 +207,7 @@ def fusion(book: Book) -> list[str]:
     out = step.num_tokens * book.num_heads * book.head_size * book.element_size
     calls = sum(len(s.called.dur_ns) for s in book.steps if s.called)
     return [
-        f"step {step.number}, {step.num_tokens} tokens, one layer:",
+        f"step {step.number}, {many(step.num_tokens, 'token')}, one layer:",
         f"  scores QK          {scores} bytes, written and read twice if not fused",
         f"  the output         {out} bytes",
         "",

@@ -19,6 +19,8 @@ WIDTH = 78
 SCREEN = 24
 EXCERPT = 26
 """Lines of a passage that a pipe gets without ``--all``."""
+NAME = 25
+"""Width of the longest reference's id."""
 
 CONCEPT = (
     "# 1 The concept",
@@ -64,11 +66,9 @@ def overview(progress: Progress, exercises: Sequence[tuple[str, str]]) -> list[s
     lines.append("# Exercises")
     for name, title in exercises:
         lines.append(f"{_mark(progress, name)} {name:10}  {title}"[:WIDTH])
-    return [
-        *lines,
-        "",
-        f"vllm-trace learn 1 | check 1 | start ex1 | path {'|'.join(plan.paths())}",
-    ]
+    left = [one.name for one in plan.steps() if one.name not in progress.passed]
+    after = f"Next: vllm-trace learn {left[0]}" if left else "All steps are passed"
+    return [*lines, "", f"{after}  (start ex1 | path {'|'.join(plan.paths())})"]
 
 
 def _mark(progress: Progress, name: str) -> str:
@@ -89,11 +89,10 @@ def path_lines(way: plan.LearningPath, progress: Progress) -> list[str]:
         name = words[-1] if "learn" in words else ""
         mark = _mark(progress, name) if name else "   "
         lines += [f"{mark} {stop.minutes:>3} min  {stop.command}", f"             {stop.why}"]
-    lines += [
-        "",
-        *wrap("Minutes are for reading, running and answering; a run takes about ten seconds."),
-    ]
-    return lines
+    said = "Minutes are for reading, running and answering; a run takes about ten seconds."
+    if any(stop.is_page for stop in way.stops):
+        said += " Pages, docs/…, are in the repository."
+    return [*lines, "", *wrap(said)]
 
 
 # A step ------------------------------------------------------------------------------------
@@ -113,7 +112,10 @@ def opening(one: plan.Step, tree: Tree | None, progress: Progress) -> list[str]:
         lines += [*wrap(" ".join(paragraph.split())), ""]
     lines.append(f"# Read ({_whose(tree)})")
     for reference in passages.of_step(one.number):
-        lines.append(f"  {reference.id:25}{where_now(reference, tree)}")
+        if not reference.inside:
+            lines.append(f"  {reference.id:{NAME}}  {where_now(reference, tree)}")
+    if inside := [r for r in passages.of_step(one.number) if r.inside]:
+        lines.append(f"  {f'and {len(inside)} places inside':{NAME}}  of {inside[0].inside}")
     number = one.number
     lines += ["", f"vllm-trace learn read {number} | run {number} | see {number} | check {number}"]
     if one.exercises:
@@ -129,7 +131,7 @@ def _whose(tree: Tree | None) -> str:
     )
 
 
-def where_now(reference: Reference, tree: Tree | None, room: int = WIDTH - 27) -> str:
+def where_now(reference: Reference, tree: Tree | None, room: int = WIDTH - NAME - 4) -> str:
     """In one line: where it is here, or where it was last."""
     found = place_of(reference, tree)
     if found is not None:
@@ -182,16 +184,29 @@ def reading(one: plan.Step, tree: Tree | None) -> list[str]:
         known = ", ".join(passages.known())
         lines += wrap(f"vLLM {tree.release} is not in the table ({known}): found by name.")
     chosen = passages.of_step(one.number)
-    for reference in chosen:
-        lines += about(reference, tree, short=len(chosen) > 6)
+    whole = [reference for reference in chosen if not reference.inside]
+    for reference in whole:
+        lines += about(reference, tree, short=len(whole) > 6)
+        lines += _inside([r for r in chosen if r.inside == reference.id], tree)
     lines += [""] * (len(lines) < 40)
     return [*lines, f"vllm-trace learn read {one.number} {chosen[0].id}   shows the source itself"]
+
+
+def _inside(places: Sequence[Reference], tree: Tree | None) -> list[str]:
+    """A line or two for each passage of a function: lines as the plan has them, and what is there."""
+    lines = []
+    for reference in places:
+        found = place_of(reference, tree)
+        line = int(reference.lines.partition("-")[0])
+        moved = f" (here {found.line})" if found and found.line != line else ""
+        lines += wrap(f"{reference.lines:9}{reference.about}{moved}", " " * 18, " " * 9)
+    return lines
 
 
 def about(reference: Reference, tree: Tree | None, short: bool = False) -> list[str]:
     """One reference; its text is not in it."""
     lines = [f"# {reference.id}"] if short else ["", f"# {reference.id}"]
-    tells = not short or (reference.fate != "same" and not _is_inside(reference))
+    tells = not short or reference.fate != "same"
     if not (short and tells and not reference.is_cuda):
         lines += wrap(reference.about, "  ")
     if reference.said:
@@ -205,9 +220,10 @@ def about(reference: Reference, tree: Tree | None, short: bool = False) -> list[
         elif last is not None:
             lines += _labelled("here", f"gone; in {release} it is {_span(last)}")
     else:
-        note = ", in the repository only" if tree and not (tree.root / found.file).exists() else ""
+        note = " (in the repository only)" if tree and not (tree.root / found.file).exists() else ""
         name = f" {found.name}" if not short and not found.name.startswith("text:") else ""
-        lines += _labelled("now" if found.successor else "here", f"{_span(found)}{name}{note}")
+        word = "its work" if found.successor else "here"
+        lines += _labelled(word, f"{_span(found)}{name.rstrip()}{note}")
     if tells:
         lines += _labelled(reference.fate, reference.became)
     return lines
@@ -219,11 +235,6 @@ def _labelled(word: str, text: str) -> list[str]:
 
 def _span(found: Passage) -> str:
     return _at(found) + (f"–{found.end}" if found.end > found.line else "")
-
-
-def _is_inside(reference: Reference) -> bool:
-    """A line of a kernel that has an entry of its own."""
-    return reference.is_cuda and reference.places[0][1].startswith("text:")
 
 
 def _gone(reference: Reference) -> bool:
@@ -252,14 +263,21 @@ def excerpt(found: Passage, tree: Tree, whole: bool = False) -> tuple[list[str],
 
 def seeing(one: plan.Step, book: Book, source: runs.Evidence) -> list[str]:
     """The evidence in a trace."""
-    lines = [f"# Step {one.number}: {one.title}. See", f"in {source.said}"]
-    if not source.own:
-        lines += wrap(
-            f"(vllm-trace learn run {one.number} makes your own)"
-            if runs.has_vllm()
-            else "(there is no vLLM here, so a golden trace that comes with the package stands in)"
-        )
+    lines = [f"# Step {one.number}: {one.title}. See", f"in {source.said}", *_not_own(one, source)]
     return [*lines, "", *EVIDENCE[one.see](book), "", *wrap(one.notice)]
+
+
+def checking(one: plan.Step, source: runs.Evidence) -> list[str]:
+    """What stands above a step's questions."""
+    return [f"# Step {one.number}: {one.title}. Check", f"on {source.said}", *_not_own(one, source)]
+
+
+def _not_own(one: plan.Step, source: runs.Evidence) -> list[str]:
+    if source.own:
+        return []
+    if runs.has_vllm():
+        return [f"(vllm-trace learn run {one.number} makes your own)"]
+    return wrap("(no vLLM here: a golden trace that comes with the package stands in)")
 
 
 def asking(number: int, total: int, one: Question) -> list[str]:

@@ -27,7 +27,10 @@ else:
     import tomli as tomllib
 
 Address = tuple[str, str]
-"""(file in the repository, dotted name in it; ``text:…`` finds a line, empty is the whole file)."""
+"""(file in the repository, dotted name in it; empty is the whole file).
+
+``text:…`` finds the first line that holds a text, ``text:^…`` the first that begins with it.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Reference:
     """What became of it, in a sentence."""
     about: str
     """What one sees there, in our own words."""
+    inside: str = ""
+    """The reference, a function, that this is a passage of."""
 
     @property
     def is_cuda(self) -> bool:
@@ -133,7 +138,12 @@ class Tree:
             return (1, len(_lines(path)))
         if name.startswith("text:"):
             wanted = name.removeprefix("text:")
-            found = next((n for n, line in enumerate(_lines(path), 1) if wanted in line), 0)
+            begins = wanted.startswith("^")
+            found = 0
+            for number, line in enumerate(_lines(path), 1):
+                if line.startswith(wanted[1:]) if begins else wanted in line:
+                    found = number
+                    break
             return (found, found) if found else None
         return _in_python(path, name) if path.suffix == ".py" else _in_cuda(path, name)
 
@@ -147,8 +157,12 @@ class Tree:
 def references() -> tuple[Reference, ...]:
     """All references, in the order of the steps."""
     text = (resources.files("vllm_trace.learn") / "references.toml").read_text(encoding="utf-8")
-    made = []
+    made: list[Reference] = []
     for given in tomllib.loads(text)["reference"]:
+        places = [(file, name) for file, name in given.get("places", ())]
+        if inside := given.get("inside", ""):
+            (outer,) = [one for one in made if one.id == inside]
+            places = [(file, f"text:{given['at']}") for file, _ in outer.places]
         made.append(
             Reference(
                 id=given["id"],
@@ -157,11 +171,12 @@ def references() -> tuple[Reference, ...]:
                 said=given.get("said", ""),
                 lines=given.get("lines", ""),
                 release=given.get("release", "0.11.2"),
-                places=tuple((f, n) for f, n in given.get("places", ())),
+                places=tuple(places),
                 successors=tuple((f, n) for f, n in given.get("successors", ())),
                 fate=given["fate"],
                 became=" ".join(given["became"].split()),
                 about=" ".join(given.get("about", "").split()),
+                inside=inside,
             )
         )
     return tuple(made)
@@ -181,7 +196,9 @@ def known_as(version: str) -> str:
 
 
 def of_step(number: int) -> list[Reference]:
-    return [one for one in references() if number in one.steps]
+    """References of a step; those that it shares with an earlier one come last."""
+    mine = [one for one in references() if number in one.steps]
+    return sorted(mine, key=lambda one: one.steps[0] != number)
 
 
 def begins_as_said(reference: Reference, passage: Passage, tree: Tree) -> bool:
@@ -204,12 +221,18 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
+@cache
+def _parsed(path: Path) -> Iterable[ast.AST]:
+    """The statements of a file; none when it is no Python."""
+    try:
+        return ast.parse("\n".join(_lines(path))).body
+    except SyntaxError:
+        return ()
+
+
 def _in_python(path: Path, name: str) -> tuple[int, int] | None:
     """``Class.method``, ``function``, ``Class.field``, or ``function.variable`` set inside it."""
-    try:
-        body: Iterable[ast.AST] = ast.parse("\n".join(_lines(path))).body
-    except SyntaxError:
-        return None
+    body = _parsed(path)
     found: ast.AST | None = None
     for part in name.split("."):
         # The last definition counts: those before it are @overload or stand in a branch.

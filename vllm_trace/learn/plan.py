@@ -46,8 +46,13 @@ class Stop:
     """One thing to do on a path."""
 
     command: str
+    """A command, or a page of the repository."""
     minutes: int
     why: str
+
+    @property
+    def is_page(self) -> bool:
+        return self.command.startswith("docs/")
 
 
 @dataclass(frozen=True)

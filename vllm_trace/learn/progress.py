@@ -2,14 +2,19 @@
 
 ``VTRACE_LEARN_DIR`` moves it; else ``$XDG_DATA_HOME/vllm-trace/learn``, else
 ``~/.local/share/vllm-trace/learn``. The traces that steps were run for lie beside it. A file that
-cannot be read is kept aside and a new one begun.
+cannot be read is kept aside and a new one begun. A reader may have several terminals open: what is
+saved is what changed, put into the file as it is then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import fcntl
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -49,24 +54,28 @@ class Progress:
     """Exercise → the reader's file."""
     set_aside: str = ""
     """Name under which a damaged file was kept, when it was now."""
+    _before: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The file's fields when they were read or saved last."""
 
     @classmethod
     def load(cls) -> Progress:
         path = folder() / FILE
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return cls(path, seed=random.SystemRandom().randrange(1, 10_000))
-        except (OSError, UnicodeDecodeError) as error:
-            return cls._begun_again(path, error)
-        try:
-            return cls(path, **_checked(json.loads(text)))
-        except (ValueError, TypeError, RecursionError) as error:
-            return cls._begun_again(path, error)
+            kept = _read(path)
+        except _DAMAGE as error:
+            made = cls._new(path)
+            made._keep_aside(error)
+            return made
+        if kept is None:
+            return cls._new(path)
+        return cls(path, **kept, _before=copy.deepcopy(kept))
 
     @classmethod
-    def _begun_again(cls, path: Path, error: Exception) -> Progress:
-        made = cls(path, seed=random.SystemRandom().randrange(1, 10_000))
+    def _new(cls, path: Path) -> Progress:
+        return cls(path, seed=random.SystemRandom().randrange(1, 10_000))
+
+    def _keep_aside(self, error: Exception) -> None:
+        path = self.path
         aside, again = path.with_name(f"{FILE}.damaged"), 1
         while aside.exists():
             again += 1
@@ -77,25 +86,49 @@ class Progress:
             raise UsageError(
                 f"{path} cannot be read: {error}", hint="Set VTRACE_LEARN_DIR to another folder"
             ) from None
-        made.set_aside = str(aside)
-        return made
+        self.set_aside = str(aside)
 
     def save(self) -> None:
-        """Write the file whole or not at all.
+        """Write the file whole or not at all, with what others wrote since it was read.
 
         Raises: ``UsageError`` when the folder cannot be written.
         """
-        kept = {name: getattr(self, name) for name in _FIELDS}
         beside = self.path.with_name(f".{FILE}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps({"schema": SCHEMA} | kept, indent=1), encoding="utf-8")
-            beside.replace(self.path)
+            with _alone(self.path.parent):
+                kept = self._merged()
+                text = json.dumps({"schema": SCHEMA} | kept, indent=1)
+                beside.write_text(text, encoding="utf-8")
+                beside.replace(self.path)
+            for name, value in kept.items():
+                setattr(self, name, value)
+            self._before = copy.deepcopy(kept)
         except OSError as error:
             raise UsageError(
                 f"cannot write to {self.path.parent}: {error.strerror}",
                 hint="Set VTRACE_LEARN_DIR to a folder that can be written",
             ) from None
+
+    def _merged(self) -> dict[str, Any]:
+        """The file's fields as they are now, with our changes."""
+        try:
+            kept = _read(self.path)
+        except _DAMAGE as error:
+            self._keep_aside(error)
+            kept = None
+        if kept is None:
+            return {name: getattr(self, name) for name in _FIELDS}
+        for name in _FIELDS:
+            mine, was = getattr(self, name), self._before.get(name)
+            if name == "seed":
+                kept[name] = kept[name] if was in (None, mine) else mine
+                continue
+            was = was or {}
+            for key in was.keys() - mine.keys():
+                kept[name].pop(key, None)
+            kept[name] |= {key: value for key, value in mine.items() if was.get(key) != value}
+        return kept
 
     def note_opened(self, name: str) -> None:
         self.opened.setdefault(name, _now())
@@ -117,18 +150,42 @@ class Progress:
 _FIELDS = ("seed", "opened", "passed", "attempts", "runs", "exercises")
 
 
+_DAMAGE = (OSError, ValueError, TypeError, RecursionError)
+"""What reading a file that is no progress file may raise; a text that is no UTF-8 is a ``ValueError``."""
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The fields of the file; None when there is none. Raises: ``_DAMAGE``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return _checked(json.loads(text))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While nobody else saves."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _checked(document: Any) -> dict[str, Any]:
     """The fields of a progress file. Raises: ValueError when it is none."""
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ValueError("not a progress file of this version")
-    made = {}
+    made: dict[str, Any] = {}
     for name in _FIELDS:
         value = document.get(name)
         wanted = int if name == "seed" else dict
         inside = int if name == "attempts" else str
         if type(value) is not wanted:
             raise ValueError(f"{name} is {value!r}")
-        if wanted is dict and not all(type(v) is inside for v in value.values()):
+        if isinstance(value, dict) and not all(type(v) is inside for v in value.values()):
             raise ValueError(f"{name} holds something else")
         made[name] = value
     return made

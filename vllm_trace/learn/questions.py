@@ -75,6 +75,11 @@ def _list_off(given: list[str], right: list[str]) -> str:
     return f"number {place + 1} of the list is another one"
 
 
+def many(number: int, noun: str) -> str:
+    """``1 block``, ``2 blocks``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def normal(text: str) -> str:
     """Small letters, one blank between words, commas and thousands' marks aside."""
     cleaned = text.strip().lower().replace("_", "")
@@ -90,7 +95,13 @@ def question(maker: Maker) -> Maker:
 def ask(book: Book, names: Sequence[str], seed: str) -> list[Question]:
     """The questions of a step for this trace and seed."""
     # They register their makers.
-    from vllm_trace.learn import asking, asking_kernels, asking_part3, asking_steps  # noqa: F401
+    from vllm_trace.learn import (  # noqa: F401
+        asking,
+        asking_cache,
+        asking_kernels,
+        asking_part3,
+        asking_steps,
+    )
 
     made = []
     for name in names:

@@ -31,7 +31,9 @@ class Evidence:
     scenario: str
     path: Path
     own: bool
-    """Made on the reader's machine."""
+    """The reader's and not a shipped one."""
+    given: bool = False
+    """Named on the command line."""
 
     def open(self) -> Trace:
         return read_trace(self.path)
@@ -39,6 +41,8 @@ class Evidence:
     @property
     def said(self) -> str:
         """In a sentence, without an address on this machine."""
+        if self.given:
+            return f"the trace {self.scenario!r} that you named"
         if self.own:
             return f"your own run of {self.scenario!r}"
         return f"the shipped trace of {self.scenario!r}, not your own"

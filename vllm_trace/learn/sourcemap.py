@@ -90,6 +90,8 @@ def page() -> str:
         )
     files = ["", "## Files", "", "| reference | release | file | name |", "|---|---|---|---|"]
     for one in references():
+        if one.inside:
+            continue  # where its function is
         for release, at in _changes(one, releases):
             files.append(
                 f"| {one.id} | {release} | `{at.file}`{' (its work)' if at.successor else ''} | "

@@ -181,15 +181,27 @@ def wastes(setting: Setting, workload: Workload) -> list[Waste]:
 def _over_life(setting: Setting, scheme: str, requests: Iterable[Request]) -> tuple[int, int]:
     """(tokens held, tokens of memory kept) summed over all requests and their steps."""
     used = kept = 0
+    size = setting.block_size
     for request in requests:
-        steps = range(request.prompt, request.prompt + max(request.output, 1))
-        used += sum(steps)
+        # From the first step, which holds the prompt, to the last.
+        num_steps = max(request.output, 1)
+        last = request.prompt + num_steps - 1
+        used += num_steps * (request.prompt + last) // 2
         if scheme == "paged":
-            size = setting.block_size
-            kept += sum(blocks_of(tokens, size) for tokens in steps) * size
+            kept += (_blocks_up_to(last, size) - _blocks_up_to(request.prompt - 1, size)) * size
         else:
-            kept += setting.reserve(scheme, request) * len(steps)
+            kept += setting.reserve(scheme, request) * num_steps
     return used, kept
+
+
+def _blocks_up_to(num_tokens: int, block_size: int) -> int:
+    """The sum of ``blocks_of(1)`` to ``blocks_of(num_tokens)``: whole blocks count for each of their tokens.
+
+    >>> _blocks_up_to(5, 2) == 1 + 1 + 2 + 2 + 3
+    True
+    """
+    full, rest = divmod(num_tokens, block_size)
+    return block_size * full * (full + 1) // 2 + rest * (full + 1)
 
 
 def users(setting: Setting, scheme: str, requests: Sequence[Request]) -> int:

@@ -80,11 +80,12 @@ def _counts(axes: Any, made: Calculation, ink: INK) -> None:
     axes.axvline(setting.gpu.memory_gib, color=ink.faint, linestyle=":")
     axes.annotate(
         setting.gpu.name,
-        (setting.gpu.memory_gib, 0.03),
+        (setting.gpu.memory_gib, 0.97),
+        xytext=(3, 0),
+        textcoords="offset points",
         xycoords=axes.get_xaxis_transform(),
-        ha="right",
         rotation=90,
-        va="bottom",
+        va="top",
     )
     axes.set(
         title=f"Users that fit, {setting.length:,} tokens at most",

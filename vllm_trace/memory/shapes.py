@@ -24,7 +24,11 @@ KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "int8")
 
 @dataclass(frozen=True)
 class GPU:
-    """One device. Units: GiB as the driver counts, GB/s as the data sheet says."""
+    """One device.
+
+    Units: GiB as the driver counts them (where ECC takes its bits from the memory, 6 % less than is printed on the
+    card), GB/s as the data sheet says.
+    """
 
     name: str
     memory_gib: float
@@ -34,21 +38,24 @@ class GPU:
 
 def _gpus() -> dict[str, GPU]:
     rows = [
-        # name, GiB, GB/s, where it is written. Makers write GB of memory and mean GiB; drivers report up to 1 % less.
-        ("t4", 16, 320, "NVIDIA T4 product brief, table 2"),
-        ("v100-16gb", 16, 900, "NVIDIA V100 data sheet (2020), SXM2"),
-        ("v100-32gb", 32, 900, "NVIDIA V100 data sheet (2020), SXM2"),
-        ("a10g", 24, 600, "AWS G5 page; NVIDIA A10G product brief"),
-        ("l4", 24, 300, "NVIDIA L4 data sheet (2023)"),
-        ("rtx-4090", 24, 1008, "NVIDIA Ada GPU architecture whitepaper (2022), table 2"),
-        ("l40s", 48, 864, "NVIDIA L40S data sheet (2023)"),
-        ("a100-40gb", 40, 1555, "NVIDIA A100 data sheet (2021), SXM4 40GB"),
-        ("a100-80gb", 80, 2039, "NVIDIA A100 data sheet (2021), SXM4 80GB"),
-        ("h100-80gb", 80, 3350, "NVIDIA H100 data sheet (2023), SXM5"),
-        ("h200", 141, 4800, "NVIDIA H200 data sheet (2024), SXM"),
-        ("mi300x", 192, 5300, "AMD Instinct MI300X data sheet (2023)"),
+        # name, MiB as nvidia-smi or rocm-smi has them, GB/s, where the speed is written
+        ("t4", 15360, 320, "NVIDIA T4 product brief, table 2"),
+        ("v100-16gb", 16384, 900, "NVIDIA V100 data sheet (2020), SXM2"),
+        ("v100-32gb", 32768, 900, "NVIDIA V100 data sheet (2020), SXM2"),
+        ("a10g", 23028, 600, "AWS G5 page; NVIDIA A10G product brief"),
+        ("l4", 23034, 300, "NVIDIA L4 data sheet (2023)"),
+        ("rtx-4090", 24564, 1008, "NVIDIA Ada GPU architecture whitepaper (2022), table 2"),
+        ("l40s", 46068, 864, "NVIDIA L40S data sheet (2023)"),
+        ("a100-40gb", 40960, 1555, "NVIDIA A100 data sheet (2021), SXM4 40GB"),
+        ("a100-80gb", 81920, 2039, "NVIDIA A100 data sheet (2021), SXM4 80GB"),
+        ("h100-80gb", 81559, 3350, "NVIDIA H100 data sheet (2023), SXM5"),
+        ("h200", 143771, 4800, "NVIDIA H200 data sheet (2024), SXM"),
+        ("mi300x", 196592, 5300, "AMD Instinct MI300X data sheet (2023)"),
     ]
-    return {name: GPU(name, float(gib), float(speed), source) for name, gib, speed, source in rows}
+    return {
+        name: GPU(name, round(mib / 1024, 1), float(speed), source)
+        for name, mib, speed, source in rows
+    }
 
 
 GPUS = _gpus()

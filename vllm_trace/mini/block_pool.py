@@ -24,9 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import compress, repeat
+from operator import attrgetter
 from typing import Any
 
 from .rules import Rules, rules_for
+
+block_id_of = attrgetter("block_id")
+ref_cnt_of = attrgetter("ref_cnt")
 
 Fact = tuple[Any, ...]  # what happened: (kind, *fields)
 Tell = Callable[[Fact], object]
@@ -128,7 +132,7 @@ class BlockHashToBlockMap(dict):
 
     __slots__ = ("duplicates",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.duplicates: dict[Hashable, list[KVCacheBlock]] = {}
 
@@ -180,16 +184,15 @@ class BlockPool:
 
         Raises: ValueError when fewer are free; callers ask first.
         """
-        if num_blocks > self.free_block_queue.num_free_blocks:
-            raise ValueError(
-                f"{num_blocks} blocks wanted, {self.free_block_queue.num_free_blocks} are free"
-            )
-        blocks = self.free_block_queue.popleft_n(num_blocks)
+        queue = self.free_block_queue
+        if num_blocks > queue.num_free_blocks:
+            raise ValueError(f"{num_blocks} blocks wanted, {queue.num_free_blocks} are free")
+        blocks = queue.popleft_n(num_blocks)
         self._evict(blocks)
         for block in blocks:
             block.ref_cnt = 1
         if self.tell is not None and blocks:
-            self.tell(("blocks.taken", [block.block_id for block in blocks]))
+            self.tell(("blocks.taken", [*map(block_id_of, blocks)]))
         return blocks
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -201,7 +204,7 @@ class BlockPool:
                 self.free_block_queue.remove(block)
             block.ref_cnt = ref_cnt + 1
         if self.tell is not None and blocks:
-            ids, ref_cnts = [b.block_id for b in blocks], [b.ref_cnt for b in blocks]
+            ids, ref_cnts = [*map(block_id_of, blocks)], [*map(ref_cnt_of, blocks)]
             self.tell(("blocks.touched", ids, ref_cnts))
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
@@ -221,8 +224,8 @@ class BlockPool:
             self.free_block_queue.prepend_n(reuse_next)
         self.free_block_queue.append_n(reuse_last)
         if self.tell is not None and ordered_blocks:
-            ids = [block.block_id for block in ordered_blocks]
-            self.tell(("blocks.freed", ids, [block.ref_cnt for block in ordered_blocks]))
+            ids, ref_cnts = [*map(block_id_of, ordered_blocks)], [*map(ref_cnt_of, ordered_blocks)]
+            self.tell(("blocks.freed", ids, ref_cnts))
 
     def cache_full_blocks(
         self,
@@ -251,13 +254,14 @@ class BlockPool:
             full_blocks = [*compress(full_blocks, mask)]
             hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
+        first_under = cached.setdefault
         for block, block_hash in zip(full_blocks, hashes):
             block.block_hash = block_hash
             block.group_id = group_id
-            if cached.setdefault(block_hash, block) is not block:
+            if first_under(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:
-            ids = [block.block_id for block in full_blocks]
+            ids = [*map(block_id_of, full_blocks)]
             self.tell(("blocks.cached", request, group_id, ids, hashes))
 
     def get_cached_block(
@@ -267,7 +271,7 @@ class BlockPool:
         found = [
             self.cached_block_hash_to_block[group_id].get(block_hash) for group_id in group_ids
         ]
-        return None if None in found else found
+        return None if None in found else found  # type: ignore[return-value]
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Forget the hashes of these blocks. Owners keep them."""

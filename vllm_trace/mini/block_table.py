@@ -35,12 +35,12 @@ class BlockTable:
         self.table = np.zeros((max_num_reqs, max_num_blocks_per_req), np.int32)
         self.num_blocks_per_row = np.zeros(max_num_reqs, np.int32)
 
-    def add_row(self, block_ids: Sequence[int], row: int) -> None:
+    def add_row(self, block_ids: IntArray, row: int) -> None:
         """A new or resumed request: its whole table."""
         self.num_blocks_per_row[row] = 0
         self.append_row(block_ids, row)
 
-    def append_row(self, block_ids: Sequence[int], row: int) -> None:
+    def append_row(self, block_ids: IntArray, row: int) -> None:
         """The blocks that a running request got in this step."""
         start = self.num_blocks_per_row[row]
         self.table[row, start : start + len(block_ids)] = block_ids

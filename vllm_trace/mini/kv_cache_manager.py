@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from .block_pool import BlockPool, KVCacheBlock, Tell
+from .block_pool import BlockPool, KVCacheBlock, Tell, block_id_of
 from .request import Request, RequestStatus
 from .rules import Rules, rules_for
 from .single_type_kv_cache_manager import (
@@ -133,8 +133,8 @@ class KVCacheManager:
         Units: blocks. Returns also the longest hit that any kind had.
         """
         if len(self.groups) == 1:
-            (hits,) = self.managers[0].find_longest_cache_hit(block_hashes, max_blocks, [0])
-            return (hits,), len(hits), len(hits)
+            (only,) = self.managers[0].find_longest_cache_hit(block_hashes, max_blocks, [0])
+            return (only,), len(only), len(only)
         tables: list[list[KVCacheBlock]] = [[] for _ in self.groups]
         full_hit: dict[int, int] = {}
         agreed, longest = max_blocks, 0
@@ -202,15 +202,19 @@ class KVCacheManager:
         if full_sequence_must_fit:
             whole = min(request.num_tokens, self.max_model_len)
             if not self._fits(whole, hits, num_computed, num_usable, capped=True):
-                told = self.rules.whole_sequence_test_inside
-                return self._refuse(request, num_new_tokens, told)
+                if not self.rules.whole_sequence_test_inside:
+                    num_new_tokens = whole - num_computed
+                self._refuse(request, num_new_tokens)
+                return None
         if not self._fits(num_slots, hits, num_computed, num_usable):
-            return self._refuse(request, num_new_tokens)
+            self._refuse(request, num_new_tokens)
+            return None
 
         held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
             self._add_hits(held, hits, num_computed)
-        new_blocks = self._extend(request, held, num_slots, num_tokens, num_computed)
+        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
+        new_blocks = self._extend(request, held, num_missing, num_tokens, num_computed)
         if self.tell is not None:
             self._tell_allocated(request, num_new_tokens, num_new_computed_tokens, new_blocks)
         return new_blocks
@@ -225,14 +229,15 @@ class KVCacheManager:
             if self.rules.windows_follow_processed:
                 num_processed = max(0, num_processed - request.num_in_flight_tokens)
             self._remove_skipped_blocks(held, num_processed)
-        num_slots = min(num_slots, self.max_model_len)
+        if num_slots > self.max_model_len:
+            num_slots = self.max_model_len
         num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        num_free = self.block_pool.free_block_queue.num_free_blocks
-        if num_missing * len(held.tables) > num_free:
-            return self._refuse(request, num_new_tokens)
+        if num_missing * len(held.tables) > self.block_pool.free_block_queue.num_free_blocks:
+            self._refuse(request, num_new_tokens)
+            return None
         num_tokens = request.num_computed_tokens + num_new_tokens
-        new_blocks = self._extend(request, held, num_slots, num_tokens, num_processed)
-        if self.tell is not None and new_blocks is not self.no_blocks:
+        new_blocks = self._extend(request, held, num_missing, num_tokens, num_processed)
+        if self.tell is not None and num_missing > 0:
             self._tell_allocated(request, num_new_tokens, 0, new_blocks)
         return new_blocks
 
@@ -240,27 +245,28 @@ class KVCacheManager:
         self,
         request: Request,
         held: RequestBlocks,
-        num_slots: int,
+        num_missing: int,
         num_tokens: int,
         num_processed: int,
     ) -> Blocks:
-        """Take the blocks that `num_slots` lack, hash those that `num_tokens` fill, and see how long it will do."""
+        """Take `num_missing` blocks, hash those that `num_tokens` fill, and see how long it will do."""
         tables, block_size = held.tables, self.block_size
         new_blocks = self.no_blocks
-        num_required = -(-num_slots // block_size)
-        num_missing = num_required - len(tables[0])
         if num_missing > 0:
             new_blocks = ()
             for table in tables:
                 blocks = self.block_pool.get_new_blocks(num_missing)
                 table += blocks
                 new_blocks += (blocks,)
-        held.quiet_until = len(tables[0]) * block_size
+        num_blocks = len(tables[0])
+        held.quiet_until = num_blocks * block_size
         if self.enable_caching:
-            num_full = min(num_tokens, request.num_tokens) // block_size
+            if num_tokens > request.num_tokens:
+                num_tokens = request.num_tokens  # draft tokens may still be rejected
+            num_full = num_tokens // block_size
             if num_full > held.num_cached_blocks:
                 self._cache_blocks(request, held, num_full)
-            if held.num_cached_blocks < len(tables[0]):
+            if held.num_cached_blocks < num_blocks:
                 held.quiet_until = (held.num_cached_blocks + 1) * block_size - 1
         for _, manager in self._windows:
             num_skipped = manager.get_num_skipped_blocks(num_processed)
@@ -311,7 +317,7 @@ class KVCacheManager:
         return self.no_blocks if held is None else tuple(held.tables)
 
     def get_block_ids(self, request_id: Hashable) -> tuple[list[int], ...]:
-        return tuple([block.block_id for block in table] for table in self.get_blocks(request_id))
+        return tuple([*map(block_id_of, table)] for table in self.get_blocks(request_id))
 
     def reset_prefix_cache(self) -> bool:
         return self.block_pool.reset_prefix_cache()
@@ -364,12 +370,12 @@ class KVCacheManager:
                 mask,
             )
 
-    def _without_null_head(self, table: list[KVCacheBlock]) -> list[KVCacheBlock]:
+    def _without_null_head(self, table: Sequence[KVCacheBlock]) -> Sequence[KVCacheBlock]:
         first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
         return table[first:] if first else table
 
-    def _refuse(self, request: Request, num_new_tokens: int, told: bool = True) -> None:
-        if self.tell is not None and told:
+    def _refuse(self, request: Request, num_new_tokens: int) -> None:
+        if self.tell is not None:
             num_free = self.block_pool.get_num_free_blocks()
             self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
 
@@ -377,13 +383,13 @@ class KVCacheManager:
         self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
     ) -> None:
         ids = _ids(new_blocks)
-        if ids or num_hit_tokens:
-            num_free = self.block_pool.get_num_free_blocks()
+        if self.tell is not None and (ids or num_hit_tokens):
+            num_free = self.block_pool.free_block_queue.num_free_blocks
             key = request.request_id
             self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
 
 
 def _ids(blocks: Blocks) -> list[list[int]]:
     """The ids of each group; no lists at all when there is no block."""
-    ids = [[block.block_id for block in table] for table in blocks]
+    ids = [[*map(block_id_of, table)] for table in blocks]
     return ids if any(ids) else []

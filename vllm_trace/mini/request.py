@@ -62,9 +62,7 @@ class Request:
         self.all_token_ids: list[int] | None = (
             None if prompt_token_ids is None else list(prompt_token_ids)
         )
-        self.num_prompt_tokens = (
-            len(self.all_token_ids) if self.all_token_ids is not None else num_prompt_tokens
-        )
+        self.num_prompt_tokens = num_prompt_tokens or len(prompt_token_ids or ())
         self.num_tokens = self.num_prompt_tokens
         self.max_tokens = max_tokens
         self.arrival_time = arrival_time
@@ -94,6 +92,7 @@ class Request:
 
     def append_output_token_ids(self, token_ids: Sequence[int]) -> None:
         """Known tokens: they fill blocks, and a full block gets a hash."""
+        assert self.all_token_ids is not None
         self.all_token_ids.extend(token_ids)
         self.append_output_tokens(len(token_ids))
 
@@ -129,10 +128,12 @@ def get_request_block_hasher(
 
     def hash_new_blocks(request: Request) -> list[Hashable]:
         parent = request.block_hashes[-1] if request.block_hashes else none_hash
-        new_hashes = []
+        new_hashes: list[Hashable] = []
+        token_ids = request.all_token_ids
+        assert token_ids is not None, "hashes are made from token ids"
         first_token = len(request.block_hashes) * block_size
         for start in range(first_token, request.num_tokens - block_size + 1, block_size):
-            tokens = tuple(request.all_token_ids[start : start + block_size])
+            tokens = tuple(token_ids[start : start + block_size])
             extra_keys = (
                 request.extra_keys(start, start + block_size) if request.extra_keys else None
             )

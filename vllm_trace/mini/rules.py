@@ -8,15 +8,16 @@ A rule is a yes or no that the code of mini asks at one place. `rules_for("0.32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
 
-def _since(release: str, sentence: str, default: bool = False):
+def _since(release: str, sentence: str, default: bool = False) -> Any:
     """A rule that holds since `release`; `sentence` says what it means."""
     return field(default=default, metadata={"since": release, "sentence": sentence})
 
 
-def _until(release: str, sentence: str):
+def _until(release: str, sentence: str) -> Any:
     """A rule that held in `release` and before, and no longer after it."""
     return field(default=False, metadata={"until": release, "sentence": sentence})
 
@@ -70,8 +71,8 @@ class Rules:
     )
     whole_sequence_test_inside: bool = _since(
         "0.32.0",
-        "That test is part of allocate_slots, so who fails it shows as refused;"
-        " before, allocate_slots was not even called.",
+        "That test is part of allocate_slots, and who fails it is refused the chunk of this step;"
+        " before, it was a call of its own, about all that is left of the sequence.",
     )
     watermark: bool = _since(
         "0.32.0",
@@ -143,7 +144,7 @@ def rules_for(release: str) -> Rules:
     raise ValueError(f"no rules for vLLM {release}; known: {', '.join(KNOWN_RELEASES)}")
 
 
-def _holds(rule, release: str) -> bool:
+def _holds(rule: Field[bool], release: str) -> bool:
     if "since" in rule.metadata:
         return _version(release) >= _version(rule.metadata["since"])
     return _version(release) <= _version(rule.metadata["until"])

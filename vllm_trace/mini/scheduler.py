@@ -28,6 +28,8 @@ from .block_pool import Tell
 from .kv_cache_manager import KVCacheManager
 from .request import Request, RequestStatus
 
+POLICIES = ("fcfs", "priority")
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -42,9 +44,9 @@ class SchedulerConfig:
     scheduler_reserve_full_isl: bool = True
     async_scheduling: bool = False
 
-    def __post_init__(self):
-        if self.policy not in ("fcfs", "priority"):
-            raise ValueError(f"unknown scheduling policy {self.policy!r}: fcfs or priority")
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"unknown scheduling policy {self.policy!r}: {' or '.join(POLICIES)}")
 
 
 @dataclass
@@ -121,7 +123,7 @@ class Scheduler:
         threshold = self._long_prefill_threshold()
         token_budget = self._schedule_running(output, self.config.max_num_batched_tokens, threshold)
         # In a step that had to take blocks away nobody new is let in.
-        if not output.preempted_req_ids:
+        if self.waiting and not output.preempted_req_ids:
             self._schedule_waiting(output, token_budget, threshold)
         output.finished_req_ids, self.finished_req_ids = self.finished_req_ids, []
         self._update_after_schedule(output)

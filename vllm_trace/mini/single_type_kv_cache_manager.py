@@ -38,7 +38,7 @@ class FullAttentionManager:
 
     max_admission_blocks: int | None = None
 
-    def __init__(self, spec: FullAttentionSpec, pool: BlockPool):
+    def __init__(self, spec: FullAttentionSpec | SlidingWindowSpec, pool: BlockPool):
         self.block_size = spec.block_size
         self.block_pool = pool
 

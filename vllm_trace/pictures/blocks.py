@@ -92,8 +92,9 @@ def block_structure(sources: Any, ink: INK) -> Any:
         _block(axes, 2.6 + block, pool_y, str(block), colour, share, ink)
     free = found.num_blocks - 1 - len(owners)
     axes.text(
-        2.6, pool_y + 2.5 + len(below) * 1.3,
-        f"coloured as far as a block is filled; block 0 is the null block, never used; {free} free",
+        0, pool_y + 2.5 + len(below) * 1.3,
+        f"numbers above and below: logical blocks; coloured as far as a block is filled; "
+        f"block 0 is the null block; {free} free",
         fontsize=9.5,
     )  # fmt: skip
     return made
@@ -169,13 +170,38 @@ def attention_flow(sources: Any, ink: INK) -> Any:
         axes.text(0, y, number, color=ink.used, fontweight="bold", fontsize=13, va="center")
         axes.text(0.6, y, what, va="center", fontfamily="monospace")
         axes.text(0.6, y + 0.42, why, va="center", fontsize=9.5, color=ink.text)
+    _table_and_pool(axes, found, name, ink)
+    axes.text(0, 8.6, "4", color=ink.used, fontweight="bold", fontsize=13, va="center")
+    axes.text(0.6, 8.6, f"scores = q · k / √d  →  softmax over {held}  →  Σ weight · v", va="center",
+              fontfamily="monospace")  # fmt: skip
+    count = len(found.num_tokens)
+    said = f"one call for {'both' if count == 2 else f'all {count}'} requests of the step"
+    if found.kernel:
+        said += f": {found.kernel}, variant {found.variant}"
+    axes.text(0.6, 9.05, said, va="center", fontsize=9.5)
+    axes.text(
+        0.6,
+        9.6,
+        "orange: the slot that this step writes; grey: blocks of other requests; block 0 is the null block",
+        va="center",
+        fontsize=9.5,
+    )
+    return made
+
+
+def _table_and_pool(axes: Any, found: Moment, name: str, ink: INK) -> None:
+    """A request's table above the pool, arrows from one to the other, and the slot that is written."""
+    table, held, size = found.tables[name], found.held[name], found.block_size
+    owners, position, slot = found.owners, held - 1, found.slots[name][0]
     logical_y, pool_y = 4.6, 6.9
     axes.text(0, logical_y + 0.4, "table", va="center")
     axes.text(0, pool_y + 0.4, "pool", va="center")
     for block in range(found.num_blocks):
         mine = block in table
-        share = found.fill(name, table.index(block)) if mine else 0
-        _block(axes, 2 + block, pool_y, str(block), ink.used, share, ink, line=1)
+        owner = name if mine else next(iter(owners.get(block, [])), "")
+        share = found.fill(owner, found.tables[owner].index(block)) if owner else 0
+        colour = ink.used if mine else ink.faint
+        _block(axes, 2 + block, pool_y, str(block), colour, share, ink, line=1)
     for index, block in enumerate(table):
         x = 2 + index * 1.6
         share = found.fill(name, index)
@@ -191,14 +217,3 @@ def attention_flow(sources: Any, ink: INK) -> Any:
     axes.text(
         2 + found.num_blocks + 0.3, pool_y + 0.4, f"slot {slot}", va="center", color=ink.empty_line
     )
-    axes.text(0, 8.6, "4", color=ink.used, fontweight="bold", fontsize=13, va="center")
-    axes.text(0.6, 8.6, f"scores = q · k / √d  →  softmax over {held}  →  Σ weight · v", va="center",
-              fontfamily="monospace")  # fmt: skip
-    said = f"one call for all {len(found.num_tokens)} requests of the step"
-    if found.kernel:
-        said += f": {found.kernel}, variant {found.variant}"
-    axes.text(0.6, 9.05, said, va="center", fontsize=9.5)
-    axes.text(
-        0.6, 9.6, "the orange line is the slot that this step writes", va="center", fontsize=9.5
-    )
-    return made

@@ -58,7 +58,8 @@ def _legend(axes: Any, colours: dict[str, str], columns: int) -> None:
 
 def memory_comparison(sources: Any, ink: INK) -> Any:
     """The calculator's four ways to reserve, for 1,000 requests of ShareGPT's lengths."""
-    setting = Setting(GPUS["a100-40gb"], MODELS["opt-13b"]).checked()
+    # As docs/comparison.md has it.
+    setting = Setting(GPUS["a100-40gb"], MODELS["opt-13b"], utilization=0.9).checked()
     work = drawn("sharegpt", 1000, setting.length, seed=0)
     schemes = wastes(setting, work)
     made, (memory, users) = new_figure(1, 2, size=(10, 4.2), width_ratios=(3, 2))
@@ -66,7 +67,13 @@ def memory_comparison(sources: Any, ink: INK) -> Any:
         f"{setting.model.name} on {setting.gpu.name}: 1,000 requests, {work.mean:.0f} tokens on average, "
         f"{setting.length:,} at most"
     )
-    names = [one.scheme for one in schemes]
+    said = {
+        "reserved": "reserved:\nthe longest",
+        "pow2": "pow2: output\nrounded up",
+        "exact": "exact: known\nbeforehand",
+        "paged": "paged:\nblock by block",
+    }
+    names = [said[one.scheme] for one in schemes]
     used = [one.gib * (1 - one.at_end) for one in schemes]
     empty = [one.gib * one.at_end for one in schemes]
     memory.barh(names, used, color=ink.used, label="holds tokens")
@@ -77,10 +84,10 @@ def memory_comparison(sources: Any, ink: INK) -> Any:
     memory.grid(axis="x")
     memory.grid(visible=False, axis="y")
     memory.set_xlim(0, max(one.gib for one in schemes) * 1.3)
-    memory.set(title="Memory reserved", xlabel="GiB")
+    memory.set(title="Memory reserved for all of them", xlabel="GiB")
     memory.legend(loc="lower right")
-    colours = [ink.empty_line if name == "reserved" else ink.used for name in names]
-    users.bar(names, [one.users for one in schemes], color=colours)
+    colours = [ink.empty_line if one.scheme == "reserved" else ink.used for one in schemes]
+    users.bar([one.scheme for one in schemes], [one.users for one in schemes], color=colours)
     for index, one in enumerate(schemes):
         users.annotate(str(one.users), (index, one.users), ha="center", va="bottom")
     users.margins(y=0.12)

@@ -16,19 +16,22 @@ A replay that could not consume every event is not a pass, and says what it did 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vllm_trace.divergence import Divergence, describe
+from vllm_trace.divergence import Divergence
 from vllm_trace.errors import TraceError
-from vllm_trace.events import BackendSelected, EngineConfigured
-from vllm_trace.mini.rules import rules_for
+from vllm_trace.events import BackendSelected, EngineConfigured, StepExecuted
+from vllm_trace.mini.rules import KNOWN_RELEASES, rules_for
+from vllm_trace.mini.scheduler import POLICIES
 from vllm_trace.replay.base import Diverged, Replay
+from vllm_trace.replay.describe import describe
 from vllm_trace.replay.engine import EngineReplay
 from vllm_trace.replay.engines import Engines
 from vllm_trace.replay.manager import ManagerReplay
 from vllm_trace.replay.segments import COMPARED_OF_WORKERS, ENDS, OF_WORKERS, Segment, segments
 from vllm_trace.trace import Trace
+from vllm_trace.tracefile import TraceFile
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
 MODES = tuple(DRIVERS)
@@ -39,6 +42,8 @@ class Replayed:
     """What one replay found."""
 
     mode: str
+    release: str = ""
+    """Whose rules ``mini`` followed."""
     num_events: int = 0
     num_consumed: int = 0
     num_compared: int = 0
@@ -47,6 +52,8 @@ class Replayed:
     """Calls of ``allocate_slots`` that took no block and that the trace only counts: replayed too, and no events."""
     divergence: Divergence | None = None
     not_judged: list[str] = field(default_factory=list)
+    explained: bool = True
+    """A divergence is described with all that led to it; otherwise only its place is."""
 
     @property
     def passed(self) -> bool:
@@ -56,6 +63,7 @@ class Replayed:
     def to_dict(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
+            "release": self.release,
             "passed": self.passed,
             "events": self.num_events,
             "consumed": self.num_consumed,
@@ -66,41 +74,30 @@ class Replayed:
         }
 
 
-def replay(trace: Trace, mode: str) -> Replayed:
-    """Replay a trace in one mode.
+def replay(trace: Trace, mode: str, release: str = "") -> Replayed:
+    """Replay a trace in one mode, by the rules of the release that it was recorded with, or of another one.
 
     Raises: ``TraceError`` when the trace has no engine in it.
     """
-    result = Replayed(mode)
+    result = Replayed(mode, release or str(trace.header.get("vllm", "")))
+    result.explained = not release
     if trace.level == "light":
         result.not_judged.append(
             "level light: blocks and lookups were not recorded, so nothing can be compared"
         )
     engines = Engines()
+    drivers = engines.drivers
     for segment in segments(trace):
-        result.num_events += len(segment.events)
-        kind = type(segment.events[0])
-        judging = not result.not_judged and not result.divergence
-        if kind is EngineConfigured and judging:
-            config: Any = segment.events[0]
-            result.not_judged += _unfollowed(config, trace)
-            if not result.not_judged:
-                engines.begin(segment.process, DRIVERS[mode](config, trace))
-                result.num_consumed += 1
-        elif kind is BackendSelected:
-            # Chosen before there is an engine; kept for people, not compared.
-            result.num_consumed += 1
-        elif _is_torn(segment, trace):
-            continue
-        elif judging and engines:
-            driver = engines.of(segment)
-            if driver is not None:
-                _run(driver, segment, result, trace)
-                result.not_judged += engines.confused(segment, result)
-            elif kind in OF_WORKERS and kind not in COMPARED_OF_WORKERS:
-                result.num_consumed += len(
-                    segment.events
-                )  # an idle rank keeps in step with the others
+        _, process, events = segment
+        result.num_events += len(events)
+        if result.not_judged or result.divergence:
+            result.num_consumed += type(events[0]) is BackendSelected
+        elif process in drivers and type(events[-1]) in ENDS:
+            _run(drivers[process], segment, result, trace, engines)
+        else:
+            _take_apart(segment, result, trace, engines)
+    result.num_compared = sum(driver.num_compared for driver in engines.begun)
+    result.num_silent = sum(driver.num_silent for driver in engines.begun)
     if not engines and not result.not_judged:
         problems = trace.problems
         raise TraceError(
@@ -109,7 +106,50 @@ def replay(trace: Trace, mode: str) -> Replayed:
         )
     result.not_judged += _missing_workers(trace, engines.all)
     result.not_judged += trace.problems
+    if result.divergence and result.explained:
+        _try_other_rules(result, trace)
     return result
+
+
+def _try_other_rules(result: Replayed, trace: Trace) -> None:
+    """Whether the engine did what another release does: then it is not the one that the trace says it is."""
+    found, own = result.divergence, rules_for(result.release)
+    assert found is not None
+    furthest, tried = found.event, [own]
+    for release in KNOWN_RELEASES:
+        rules = rules_for(release)
+        if any(replace(rules, release="") == replace(other, release="") for other in tried):
+            continue
+        tried.append(rules)
+        again = replay(trace, result.mode, release)
+        reached = again.divergence.event if again.divergence else again.num_events + 1
+        if reached > furthest:
+            furthest = reached
+            to = f"up to event {reached}" if again.divergence else "to the end"
+            found.kind = "configuration"
+            found.note = f"recorded with vLLM {result.release}, but by the rules of {release} both sides agree {to}"
+
+
+def _take_apart(segment: Segment, result: Replayed, trace: Trace, engines: Engines) -> None:
+    """A segment that is not a schedule or an answer of an engine that is known."""
+    event: Any = segment.events[0]
+    kind = type(event)
+    if kind is EngineConfigured:
+        driver = DRIVERS[result.mode]
+        result.not_judged += _unfollowed(event, result.release, driver)
+        if not result.not_judged:
+            engines.begin(segment.process, driver(event, result.release))
+            result.num_consumed += 1
+    elif kind is BackendSelected:
+        # Chosen before there is an engine; kept for people, not compared.
+        result.num_consumed += 1
+    elif engines and not _is_torn(segment, trace):
+        found = engines.of(segment)
+        if found is not None:
+            _run(found, segment, result, trace, engines)
+        elif kind in OF_WORKERS and kind not in COMPARED_OF_WORKERS:
+            # An idle rank keeps in step with the others.
+            result.num_consumed += len(segment.events)
 
 
 def _is_torn(segment: Segment, trace: Trace) -> bool:
@@ -119,21 +159,26 @@ def _is_torn(segment: Segment, trace: Trace) -> bool:
     return last not in ENDS and not of_a_worker and bool(trace.files[segment.process].truncated)
 
 
-def _run(driver: Replay, segment: Segment, result: Replayed, trace: Trace) -> None:
-    compared, silent = driver.num_compared, driver.num_silent
+def _run(
+    driver: Replay, segment: Segment, result: Replayed, trace: Trace, engines: Engines
+) -> None:
     try:
         driver.take(segment)
-    except Diverged as difference:
-        result.divergence = describe(difference, driver.manager, trace)
+        result.num_consumed += len(segment.events)
+        return
+    except Diverged as found:
+        difference = found
     except Exception as error:
         # mini asserts on what cannot be: a block freed twice, a hash that nobody has.
         difference = Diverged(None, ("mini.refused", f"{type(error).__name__}: {error}"))
-        difference.number = segment.numbers[-1]
-        result.divergence = describe(difference, driver.manager, trace)
-    else:
-        result.num_consumed += len(segment.events)
-    result.num_compared += driver.num_compared - compared
-    result.num_silent += driver.num_silent - silent
+        difference.number = segment.numbers[driver.place]
+    if not result.explained:
+        result.divergence = Divergence(difference.number, "", "", "")
+        return
+    last = segment.numbers[driver.place]
+    whole_steps = result.mode == "engine"
+    result.divergence = describe(difference, driver, trace, segment.process, last, whole_steps)
+    result.not_judged += engines.confused(segment)
 
 
 def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
@@ -146,17 +191,34 @@ def _missing_workers(trace: Trace, drivers: list[Replay]) -> list[str]:
         * (each.settings.get("pipeline_parallel_size") or 1)
         for each in drivers
     )
-    if roles.count("worker") >= wanted:
+    traced = roles.count("worker")
+    if traced < wanted:
+        traced += sum(
+            role == "engine" and _runs_a_model(file) for role, file in zip(roles, trace.files)
+        )
+    if traced >= wanted:
         return []
     return [
-        f"{roles.count('worker')} of {wanted} worker processes are in the trace: the tables and slots"
+        f"{traced} of {wanted} worker processes are in the trace: the tables and slots"
         " of the others' kernels were not compared"
     ]
 
 
-def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:
-    """What this engine has that ``mini`` does not follow."""
+def _runs_a_model(file: TraceFile) -> bool:
+    """Whether EngineCore is its own worker, as on a single CUDA device."""
+    return any(type(event) is StepExecuted for event in file.events())
+
+
+def _unfollowed(event: EngineConfigured, release: str, driver: type[Replay]) -> list[str]:
+    """What this engine has that ``mini`` does not follow, or what is not said of it."""
     said = []
+    unsaid = [name for name in driver.needs if name not in event.settings]
+    if unsaid:
+        said.append(
+            f"engine.configured does not say {', '.join(unsaid)}: mini cannot be set up like this engine"
+        )
+    if event.settings.get("policy", "fcfs") not in POLICIES:
+        said.append(f"scheduling policy {event.settings['policy']!r}: mini does not follow it")
     for group in event.groups:
         if group.kind not in ("FullAttentionSpec", "SlidingWindowSpec"):
             said.append(f"KV group of kind {group.kind}: mini does not follow it")
@@ -164,9 +226,8 @@ def _unfollowed(event: EngineConfigured, trace: Trace) -> list[str]:
         said.append("KV groups of different block sizes: mini does not follow them")
     if event.settings.get("num_lookahead_tokens"):
         said.append("speculative decoding: mini does not follow it")
-    version = str(trace.header.get("vllm", ""))
     try:
-        rules_for(version)
+        rules_for(release)
     except ValueError as error:
         said.append(str(error))
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 from vllm_trace.events import (
@@ -17,47 +18,45 @@ from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
-from vllm_trace.trace import Trace
 
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
 
 
 class Diverged(Exception):
-    """Both sides differ: what was recorded, what ``mini`` did, and where.
-
-    ``event`` is the recorded event, or None: then it is the ``place``-th fact since the last
-    agreement, and ``number`` is found from that.
-    """
+    """Both sides differ: what was recorded, what ``mini`` did, and the recorded event, if there is one."""
 
     def __init__(
-        self, recorded: Fact | None, mini: Fact | None, event: Event | None = None, place: int = 0
+        self, recorded: Fact | None, mini: Fact | None, event: Event | None = None
     ) -> None:
         super().__init__(recorded, mini)
-        self.recorded, self.mini, self.event, self.place = recorded, mini, event, place
+        self.recorded, self.mini, self.event = recorded, mini, event
         self.number = 0
 
 
 class Replay:
     """``mini`` beside a trace. A mode says in ``acts`` what each kind of event makes ``mini`` do."""
 
+    needs: tuple[str, ...] = ("max_model_len", "enable_prefix_caching")
+    """Settings of ``engine.configured`` without which there is no ``mini`` to compare with."""
+
     acts: dict[type[Event], Callable[[Any], object]]
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
+    def __init__(self, config: EngineConfigured, release: str) -> None:
         settings = config.settings
         self.settings = settings
         self.block_size = config.block_size
         self.told: list[Fact] = []
-        self.expected: list[Fact] = []
+        """What ``mini`` told since the segment began."""
         self.num_compared = 0
-        self.num_settled = 0
-        """Facts of this segment that were found equal."""
         self.num_silent = 0
         """Calls of ``allocate_slots`` without an event of their own that ``mini`` agreed with."""
+        self.place = 0
+        """In its segment, of the event that is being taken."""
         self.requests: dict[int, Request] = {}
         self.num_hashes_told: dict[int, int] = {}
         """By arrivals and lookups; ``blocks.cached`` may have told some of them before."""
-        self.rules = rules_for(str(trace.header["vllm"]))
+        self.rules = rules_for(release)
         self.manager = KVCacheManager(
             config.num_blocks,
             [
@@ -78,57 +77,55 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        self.num_settled = 0
+        events, told = segment.events, self.told
+        kinds = [*map(type, events)]
         try:
             self.begin(segment)
-            acts, facts, expect = self.acts, FACTS, self.expected.append
-            for event in segment.events:
-                kind = type(event)
-                make = facts.get(kind)
-                if make is not None:
-                    expect(make(event))
-                act = acts.get(kind)
+            for place, act in enumerate(map(self.acts.get, kinds)):
                 if act is not None:
-                    act(event)
-            self.settle()
-        except Diverged as difference:
-            difference.number = self._number_of(difference, segment)
+                    self.place = place
+                    act(events[place])
+        except Exception as error:
+            # What mini told before may differ already, and be the reason.
+            self._compare(segment, ended=False)
+            if isinstance(error, Diverged):
+                error.number = segment.numbers[self._place_of(error.event, events)]
             raise
+        facts = zip(map(FACTS.get, kinds), events)
+        expected = [fact(event) for fact, event in facts if fact is not None]
+        if told != expected:
+            self._compare(segment, ended=True)
+        self.num_compared += len(expected)
+        told.clear()
 
     def begin(self, segment: Segment) -> None:
         """Called before a segment's first event."""
 
-    def settle(self) -> None:
-        """Both sides have said all of a call: they must be equal."""
-        told, expected = self.told, self.expected
-        if told != expected:
-            self._differ()
-        self.num_settled += len(told)
-        self.num_compared += len(told)
-        told.clear()
-        expected.clear()
-
-    def _differ(self) -> None:
-        told, expected = self.told, self.expected
-        for place, (recorded, mini) in enumerate(zip(expected, told)):
+    def _compare(self, segment: Segment, ended: bool) -> None:
+        """Fact by fact. Raises: ``Diverged`` for the first that differs; when all has ``ended``, for one too few."""
+        numbers = [n for n, e in zip(segment.numbers, segment.events) if type(e) in FACTS]
+        expected = [FACTS[type(e)](e) for e in segment.events if type(e) in FACTS]
+        for place, (recorded, mini) in enumerate(zip_longest(expected, self.told)):
+            if mini is None and not ended:
+                return
             if recorded != mini:
-                raise Diverged(recorded, mini, place=self.num_settled + place)
-        if len(expected) > len(told):
-            raise Diverged(expected[len(told)], None, place=self.num_settled + len(told))
-        raise Diverged(None, told[len(expected)], place=self.num_settled + len(expected))
+                difference = Diverged(recorded, mini)
+                number = numbers[place] if place < len(numbers) else segment.numbers[-1]
+                difference.number = number
+                raise difference
 
-    def _number_of(self, difference: Diverged, segment: Segment) -> int:
-        events, numbers = segment.events, segment.numbers
-        if difference.event is not None:
-            return numbers[next(i for i, e in enumerate(events) if e is difference.event)]
-        facts = [number for number, event in zip(numbers, events) if type(event) in FACTS]
-        return facts[difference.place] if difference.place < len(facts) else numbers[-1]
+    def _place_of(self, event: Event | None, events: list[Event]) -> int:
+        return next((i for i, one in enumerate(events) if one is event), self.place)
 
-    def require(self, event: Event, name: str, recorded: Any, mini: Any) -> None:
-        """A value of an event that both sides must agree on."""
+    def require(
+        self, event: Event, names: tuple[str, ...], recorded: tuple[Any, ...], mini: tuple[Any, ...]
+    ) -> None:
+        """Values of an event, called ``names``, that both sides must agree on."""
         if recorded != mini:
-            raise Diverged((name, recorded), (name, mini), event)
-        self.num_compared += 1
+            for name, left, right in zip(names, recorded, mini):
+                if left != right:
+                    raise Diverged((name, left), (name, right), event)
+        self.num_compared += len(names)
 
     # What is told of requests -----------------------------------------------------------
 
@@ -144,22 +141,26 @@ class Replay:
         )
         return request
 
-    def forget(self, key: int) -> None:
+    def forget(self, key: Any) -> None:
         """The request is over."""
         self.requests.pop(key, None)
         self.num_hashes_told.pop(key, None)
 
-    def learn_hashes(self, event: PrefixLookedUp | BlocksCached) -> None:
-        """Hashes of generated blocks come from the trace: it has no token ids to make them of."""
-        request = self.requests.get(event.request)
-        if request is None:
-            return
-        if type(event) is BlocksCached:
-            first, hashes = event.first, event.hashes
-        else:
-            hashes = event.new_hashes
-            first = self.num_hashes_told[event.request]
-            self.num_hashes_told[event.request] = first + len(hashes)
-        known = request.block_hashes
-        if first + len(hashes) > len(known):
-            known += hashes[max(0, len(known) - first) :]
+    # Hashes of generated blocks come from the trace: it has no token ids to make them of.
+
+    def learn_looked_up(self, event: PrefixLookedUp) -> None:
+        first = self.num_hashes_told[event.request]
+        self.num_hashes_told[event.request] = first + len(event.new_hashes)
+        self._learn(event.request, first, event.new_hashes)
+
+    def learn_cached(self, event: BlocksCached) -> None:
+        self._learn(event.request, event.first, event.hashes)
+
+    def _learn(self, key: int, first: int, hashes: list[int]) -> None:
+        """The hashes of a request from the ``first`` on, of which some may be known."""
+        request = self.requests.get(key)
+        if request is not None:
+            known = request.block_hashes
+            num_new = first + len(hashes) - len(known)
+            if num_new > 0:
+                known += hashes[-num_new:]

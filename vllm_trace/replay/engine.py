@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from vllm_trace.events import (
@@ -14,20 +15,28 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
+from vllm_trace.mini.scheduler import SchedulerConfig
 from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
-from vllm_trace.replay.facts import Fact
-from vllm_trace.replay.segments import Segment
-from vllm_trace.trace import Trace
+from vllm_trace.replay.steady_scheduler import SteadyScheduler
+
+OF_A_PLAN = ("scheduled requests", "scheduled tokens")
+OF_A_STEP = (
+    "new requests", "resumed requests", "preempted", "running", "waiting", "free blocks",
+)  # fmt: skip
 
 
 class EngineReplay(Replay):
     """Arrivals, aborts and outcomes drive ``mini``'s scheduler; workers are judged by the manager's replay."""
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
-        super().__init__(config, trace)
+    needs = (
+        *Replay.needs, "max_num_scheduled_tokens", "max_num_seqs", "policy", "enable_chunked_prefill",
+        "long_prefill_token_threshold", "full_sequence_must_fit", "async_scheduling",
+    )  # fmt: skip
+
+    def __init__(self, config: EngineConfigured, release: str) -> None:
+        super().__init__(config, release)
         settings = self.settings
-        self.scheduler = Scheduler(
+        self.scheduler = SteadyScheduler(
             self.manager,
             SchedulerConfig(
                 max_num_batched_tokens=settings["max_num_scheduled_tokens"],
@@ -35,17 +44,22 @@ class EngineReplay(Replay):
                 policy=settings["policy"],
                 enable_chunked_prefill=settings["enable_chunked_prefill"],
                 long_prefill_token_threshold=settings["long_prefill_token_threshold"],
+                long_prefill_token_threshold_adaptive=bool(
+                    settings.get("long_prefill_token_threshold_adaptive")
+                ),
                 scheduler_reserve_full_isl=settings["full_sequence_must_fit"],
                 async_scheduling=settings["async_scheduling"],
             ),
-            tell=self._hear,
+            tell=self.told.append,
         )
+        self.plan: tuple[Any, ...] = (None, None, None)
+        """The last step as ``mini`` planned it, its requests and their tokens as they were recorded."""
         self.outputs: dict[int, Any] = {}
-        self.stops: dict[int, str] = {}
+        self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
         self.acts = {
-            BlocksCached: self.learn_hashes,
-            PrefixLookedUp: self.learn_hashes,
+            BlocksCached: self.learn_cached,
+            PrefixLookedUp: self.learn_looked_up,
             RequestArrived: lambda event: self.scheduler.add_request(self.arrive(event)),
             RequestFinished: self.finished,
             PrefixCacheReset: self.reset,
@@ -53,49 +67,47 @@ class EngineReplay(Replay):
             StepUpdated: self.updated,
         }
 
-    def _hear(self, fact: Fact) -> None:
-        """Steps and ends are compared with more than the scheduler tells of them."""
-        if fact[0] == "request.preempted":
-            self.told.append(fact)
-
-    def begin(self, segment: Segment) -> None:
-        self.stops = {}
-
     def finished(self, event: RequestFinished) -> None:
         if event.reason in FINISHED_BY_OUTPUT:
             self.stops[event.request] = event.reason
             return
         self.scheduler.finish_requests([event.request], event.reason)
         self.forget(event.request)
-        self.settle()
 
     def reset(self, event: PrefixCacheReset) -> None:
         self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
 
     def scheduled(self, event: StepScheduled) -> None:
-        output = self.scheduler.schedule()
-        self.settle()
-        scheduler, mine = self.scheduler, output.num_scheduled_tokens
-        self.require(event, "scheduled requests", event.requests, [*mine])
-        self.require(event, "scheduled tokens", event.num_tokens, [*mine.values()])
-        self.require(event, "new requests", event.new, output.scheduled_new_reqs)
-        self.require(event, "resumed requests", event.resumed, output.scheduled_resumed_reqs)
-        self.require(event, "preempted", event.preempted, sorted(output.preempted_req_ids))
-        self.require(event, "running", event.num_running, len(scheduler.running))
-        self.require(event, "waiting", event.num_waiting, len(scheduler.waiting))
-        self.require(event, "free blocks", event.num_free_blocks, self.pool.get_num_free_blocks())
+        scheduler, output = self.scheduler, self.scheduler.schedule()
+        plan = (output.num_scheduled_tokens, event.requests, event.num_tokens)
+        if all(map(is_, plan, self.plan)):
+            self.num_compared += 2  # both sides repeat the very plan that was equal before
+        else:
+            mine = plan[0]
+            planned = ([*mine], [*mine.values()])
+            self.require(event, OF_A_PLAN, (event.requests, event.num_tokens), planned)
+            self.plan = plan
+        recorded = (
+            event.new, event.resumed, event.preempted,
+            event.num_running, event.num_waiting, event.num_free_blocks,
+        )  # fmt: skip
+        preempted = list[Any](output.preempted_req_ids)
+        made = (
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(preempted),
+            len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
+        )  # fmt: skip
+        self.require(event, OF_A_STEP, recorded, made)
         self.num_silent += event.num_kept
         self.outputs[event.step] = output
 
     def updated(self, event: StepUpdated) -> None:
+        stops, self.stops = self.stops, {}
         output = self.outputs.pop(event.step, None)
         if output is None:
             return
-        counts = event.num_output_tokens or ()
-        sampled = dict(zip(output.num_scheduled_tokens, counts, strict=True))
-        finished = self.scheduler.update_from_output(output, sampled, self.stops)
-        self.settle()
-        # Without token ids mini cannot tell a stop at the last token from reaching the limit.
-        self.require(event, "finished requests", [*self.stops], [*finished])
-        for request in finished:
-            self.forget(request)
+        finished = self.scheduler.answer(output, event.num_output_tokens or (), stops)
+        if stops or finished:
+            # Without token ids mini cannot tell a stop at the last token from reaching the limit.
+            self.require(event, ("finished requests",), ([*stops],), ([*finished],))
+            for request in finished:
+                self.forget(request)

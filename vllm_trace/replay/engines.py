@@ -13,8 +13,10 @@ class Engines:
     """The replays of all engines of a trace, one at a time for each process that schedules."""
 
     def __init__(self) -> None:
-        self._of: dict[int, Replay] = {}
+        self.drivers: dict[int, Replay] = {}
         """By process; a worker's process stands for the engine that it works for."""
+        self.begun: list[Replay] = []
+        """All that there were, in their order."""
         self._schedulers: set[int] = set()
         self._running: set[int] = set()
         """Processes whose engine has not been shut down."""
@@ -26,7 +28,7 @@ class Engines:
 
     @property
     def all(self) -> list[Replay]:
-        return [self._of[process] for process in self._schedulers]
+        return [self.drivers[process] for process in self._schedulers]
 
     def begin(self, process: int, driver: Replay) -> None:
         """An engine was made; an earlier one of the same process is taken to be over."""
@@ -34,17 +36,18 @@ class Engines:
             self._doubled.add(process)
         self._running.add(process)
         self._schedulers.add(process)
-        self._of[process] = driver
+        self.begun.append(driver)
+        self.drivers[process] = driver
 
     def of(self, segment: Segment) -> Replay | None:
         """The replay that the segment goes to; None before its process has an engine."""
         if type(segment.events[-1]) is EngineStopped:
             self._running.discard(segment.process)
-        found = self._of.get(segment.process)
+        found = self.drivers.get(segment.process)
         if found is None and type(segment.events[0]) in OF_WORKERS:
             found = self._worked_for(segment.events[0])
             if found is not None and len(self._schedulers) > 1:
-                self._of[segment.process] = found
+                self.drivers[segment.process] = found
         return found
 
     def _worked_for(self, event: Any) -> Replay | None:
@@ -54,9 +57,9 @@ class Engines:
         about = getattr(event, "requests", None) or [getattr(event, "request", None)]
         return next((each for each in self.all if about[0] in each.requests), None)
 
-    def confused(self, segment: Segment, result: Any) -> list[str]:
+    def confused(self, segment: Segment) -> list[str]:
         """A difference that may come from two engines of one process, whose events nothing tells apart."""
-        if result.divergence is None or segment.process not in self._doubled:
+        if segment.process not in self._doubled:
             return []
         return [
             "a second engine was made in the process while the first had not been shut down: if both"

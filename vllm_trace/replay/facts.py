@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 from vllm_trace.events import (
@@ -24,27 +25,25 @@ Fact = tuple[Any, ...]
 """An event in ``mini``'s words: ``(kind, *fields)``."""
 
 
-def filled(blocks: list[list[int]]) -> list[list[int]]:
-    """An empty answer has one form: no lists at all."""
-    return blocks if any(blocks) else []
-
-
 FACTS: dict[type[Event], Callable[[Any], Fact]] = {
-    BlocksTaken: lambda e: ("blocks.taken", e.blocks),
-    BlockEvicted: lambda e: ("block.evicted", e.block, e.hashes),
-    BlocksTouched: lambda e: ("blocks.touched", e.blocks, e.ref_cnts),
-    BlocksCached: lambda e: ("blocks.cached", e.request, e.group, e.blocks, e.hashes),
-    BlocksFreed: lambda e: ("blocks.freed", e.blocks, e.ref_cnts),
+    BlocksTaken: attrgetter("kind", "blocks"),
+    BlockEvicted: attrgetter("kind", "block", "hashes"),
+    BlocksTouched: attrgetter("kind", "blocks", "ref_cnts"),
+    BlocksCached: attrgetter("kind", "request", "group", "blocks", "hashes"),
+    BlocksFreed: attrgetter("kind", "blocks", "ref_cnts"),
     PrefixLookedUp: lambda e: (
-        "prefix.looked_up", e.request, e.num_tokens, e.num_hit_tokens, filled(e.blocks),
+        e.kind, e.request, e.num_tokens, e.num_hit_tokens, e.blocks if any(e.blocks) else [],
     ),
     SlotsAllocated: lambda e: (
-        "slots.allocated", e.request, e.num_new_tokens, e.num_hit_tokens, filled(e.blocks),
+        e.kind, e.request, e.num_new_tokens, e.num_hit_tokens, e.blocks if any(e.blocks) else [],
         e.num_free_blocks,
     ),
-    SlotsRefused: lambda e: ("slots.refused", e.request, e.num_new_tokens, e.num_free_blocks),
-    RequestFreed: lambda e: ("request.freed", e.request),
-    RequestPreempted: lambda e: ("request.preempted", e.request, e.num_computed_tokens),
-    PrefixCacheReset: lambda e: ("prefix.reset", e.ok),
+    SlotsRefused: attrgetter("kind", "request", "num_new_tokens", "num_free_blocks"),
+    RequestFreed: attrgetter("kind", "request"),
+    RequestPreempted: attrgetter("kind", "request", "num_computed_tokens"),
+    PrefixCacheReset: attrgetter("kind", "ok"),
 }  # fmt: skip
-"""What ``mini`` would tell; events that are not here drive the replay, or are no decisions."""
+"""What ``mini`` would tell, where an empty answer has no lists at all.
+
+Events that are not here drive the replay, or are no decisions.
+"""

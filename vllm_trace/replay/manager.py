@@ -31,17 +31,16 @@ from vllm_trace.events import (
 )
 from vllm_trace.mini.request import RequestStatus
 from vllm_trace.replay.base import Replay
-from vllm_trace.replay.segments import Segment
+from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
-from vllm_trace.trace import Trace
 
 
 class ManagerReplay(Replay):
     """Recorded calls drive the manager."""
 
-    def __init__(self, config: EngineConfigured, trace: Trace) -> None:
-        super().__init__(config, trace)
+    def __init__(self, config: EngineConfigured, release: str) -> None:
+        super().__init__(config, release)
         self.whole = bool(self.settings.get("full_sequence_must_fit"))
         self.asynchronous = bool(self.settings.get("async_scheduling"))
         self.one_by_one = self.asynchronous or self.manager.has_windows
@@ -54,7 +53,7 @@ class ManagerReplay(Replay):
         """What a lookup found, until the request is admitted."""
         self.steps: dict[int, StepScheduled] = {}
         """Scheduled and not answered yet."""
-        self.steady = Steady()
+        self.steady = Steady(self.manager)
         self.order: list[int] = []
         self.counts: list[int] = []
         self.others: dict[int, int] = {}
@@ -67,7 +66,7 @@ class ManagerReplay(Replay):
         """Whose blocks were just cached: by a call that has an event, or by a silent one?"""
         self.answers: dict[int, tuple[int, int]] = {}
         """Of the step that is being answered: tokens scheduled and sampled by request."""
-        self.end: Event | None = None
+        self.events: list[Event] = []
         self.process = 0
         self.acts = {
             BlocksCached: self.cached,
@@ -86,21 +85,32 @@ class ManagerReplay(Replay):
         }
 
     def begin(self, segment: Segment) -> None:
-        self.process, self.end = segment.process, segment.events[-1]
-        if not self.one_by_one:
-            return
-        end = self.end
+        self.process, self.events, self.place = segment.process, segment.events, 0
+        if self.one_by_one:
+            self._look_ahead(0)
+
+    def _upcoming(self, place: int) -> tuple[Any, list[Event]]:
+        """The schedule or the answer that the events from ``place`` on belong to, and those before it."""
+        events = self.events
+        for end in range(place, len(events)):
+            if type(events[end]) in ENDS:
+                return events[end], events[place:end]
+        return None, events[place:]
+
+    def _look_ahead(self, place: int) -> None:
+        """One by one: which silent calls stand between the next events, or whose answers they are."""
+        end, inner = self._upcoming(place)
         self.kept, self.num_kept_done, self.answers = [], 0, {}
         if type(end) is StepScheduled:
-            told = {event.request for event in segment.events if type(event) is SlotsAllocated}
+            told = {event.request for event in inner if type(event) is SlotsAllocated}
             counts = dict(zip(end.requests or (), end.num_tokens or ()))
             order = end.kept or [key for key in counts if key not in told]
             self.kept = [(key, counts.get(key)) for key in order]
         elif type(end) is StepUpdated and end.step in self.steps:
             step = self.steps.pop(end.step)
-            requests, counts = step.requests or [], step.num_tokens or []
+            requests, num_tokens = step.requests or [], step.num_tokens or []
             outputs = end.num_output_tokens or [0] * len(requests)
-            self.answers = dict(zip(requests, zip(counts, outputs)))
+            self.answers = dict(zip(requests, zip(num_tokens, outputs)))
 
     # Calls that have an event -----------------------------------------------------------
 
@@ -110,16 +120,22 @@ class ManagerReplay(Replay):
             self._fill(key)
         if self.kept:
             self._run_kept(event.num_kept)
-        self._allocate(event)
-        self.settle()
+        member = self.steady.members.get(key)
+        if member is not None:
+            self.steady.call(member, event.num_new_tokens)
+        else:
+            self._allocate(event)
         self.grown.add(key)
         self.worker.grow(key, event.blocks)
 
     def refused(self, event: SlotsRefused) -> None:
         self._fill()
         self._run_kept(event.num_kept)
-        self._allocate(event)
-        self.settle()
+        member = self.steady.members.get(event.request)
+        if member is not None:
+            self.steady.call(member, event.num_new_tokens)
+        else:
+            self._allocate(event)
 
     def _allocate(self, event: SlotsAllocated | SlotsRefused) -> None:
         key = event.request
@@ -128,7 +144,7 @@ class ManagerReplay(Replay):
             self._call(key, event.num_new_tokens)
             return
         hits, num_hit = self.hits.pop(key, (None, 0))
-        self.require(event, "hit of the call", event.num_hit_tokens, num_hit)
+        self.require(event, ("hit of the call",), (event.num_hit_tokens,), (num_hit,))
         made = self.manager.allocate_slots(
             request,
             event.num_new_tokens,
@@ -146,11 +162,10 @@ class ManagerReplay(Replay):
     def looked_up(self, event: PrefixLookedUp) -> None:
         self._fill()
         self._run_kept(len(self.kept))
-        self.learn_hashes(event)
+        self.learn_looked_up(event)
         request = self.requests[event.request]
         hits, num_hit, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
         self.hits[event.request] = (hits, num_hit)
-        self.settle()
 
     def freed(self, event: RequestFreed) -> None:
         if self.filled is not None:
@@ -160,7 +175,6 @@ class ManagerReplay(Replay):
         self.steady.leave(key)
         self.manager.free(self.requests[key])
         self.worker.forget(key)
-        self.settle()
 
     def finished(self, event: RequestFinished) -> None:
         self.steady.leave(event.request)
@@ -176,7 +190,7 @@ class ManagerReplay(Replay):
             request.num_stale_output_tokens = request.num_in_flight_tokens
             request.num_output_placeholders = 0
         request.num_preemptions += 1
-        self.settle()
+        self.grown.discard(event.request)
 
     def reset(self, event: PrefixCacheReset) -> None:
         self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
@@ -185,13 +199,14 @@ class ManagerReplay(Replay):
 
     def cached(self, event: BlocksCached) -> None:
         """Within a call whose event comes next, or in one that took no block, or when an output came."""
-        self.learn_hashes(event)
+        self.learn_cached(event)
         if self.one_by_one:
             self._answer(event.request)
             place = next((i for i, (key, _) in enumerate(self.kept) if key == event.request), -1)
             self._run_kept(place + 1)
         elif self.filled != event.request:
-            self._fill()
+            if self.filled is not None:
+                self._fill()
             self.filled = event.request
 
     def _fill(self, caller: int | None = None) -> None:
@@ -199,10 +214,17 @@ class ManagerReplay(Replay):
         key, self.filled = self.filled, None
         if key is None or key == caller:
             return
-        end, num_tokens = self.end, None
-        if type(end) is StepScheduled and key in (end.requests or ()):
-            num_tokens = end.num_tokens[end.requests.index(key)]
-        self._call(key, num_tokens)
+        member = self.steady.members.get(key)
+        if member is not None and self.steady.decode(member):
+            return
+        end, num_tokens = self._upcoming(self.place)[0], None
+        if type(end) is StepScheduled:
+            num_tokens = dict(zip(end.requests or (), end.num_tokens or ())).get(key)
+        if member is not None and num_tokens is not None:
+            self.steady.call(member, num_tokens)
+        else:
+            self.steady.leave(key)
+            self._call(key, num_tokens)
 
     def _run_kept(self, count: int) -> None:
         """Make the first ``count`` of a schedule's silent calls, as far as they are not made."""
@@ -211,22 +233,22 @@ class ManagerReplay(Replay):
             self._call(*self.kept[self.num_kept_done - 1])
 
     def _call(self, key: int, num_tokens: int | None) -> None:
-        """``allocate_slots`` for a running request."""
+        """``allocate_slots`` for a running request that is not steady."""
         request = self.requests[key]
-        self.steady.catch_up(key)
         if num_tokens is None:
             # Scheduled first and preempted then: the step does not say how much it was to do.
             ahead = request.num_tokens + request.num_output_placeholders
             num_tokens = ahead - request.num_computed_tokens
         if self.manager.allocate_slots(request, num_tokens) is not None:
             self.called.add(key)
-            self.steady.was_called(key, self.manager.requests[key].quiet_until)
 
     # Steps ------------------------------------------------------------------------------
 
     def scheduled(self, event: StepScheduled) -> None:
-        self._fill()
-        self._run_kept(len(self.kept))
+        if self.filled is not None:
+            self._fill()
+        if self.kept:
+            self._run_kept(len(self.kept))
         requests, counts = event.requests or [], event.num_tokens or []
         if self.steps and not self.one_by_one:
             self._overlap()
@@ -235,12 +257,12 @@ class ManagerReplay(Replay):
         for key, num_tokens in self.others.items():
             if key not in self.called:
                 self._call(key, num_tokens)
-        for key in self.steady.due():
-            self._call(key, 1)
-        self.settle()
-        num_silent = len(event.kept) or len(requests) - len(self.grown.intersection(requests))
-        self.require(event, "calls without a block", event.num_kept, num_silent)
-        self.require(event, "free blocks", event.num_free_blocks, self.pool.get_num_free_blocks())
+        for member in self.steady.due():
+            self.steady.call(member)
+        num_silent = len(event.kept) or len(requests) - len(self.grown)
+        recorded = (event.num_kept, event.num_free_blocks)
+        made = (num_silent, self.pool.free_block_queue.num_free_blocks)
+        self.require(event, ("calls without a block", "free blocks"), recorded, made)
         self.num_silent += num_silent
         self.grown.clear()
         self.called.clear()
@@ -250,6 +272,8 @@ class ManagerReplay(Replay):
         if requests:
             self.steps[event.step] = event
         self.worker.plan(event)
+        if self.one_by_one:
+            self._look_ahead(self.place + 1)
 
     def _overlap(self) -> None:
         """Steps overlap without async scheduling (pipelines)."""
@@ -260,14 +284,15 @@ class ManagerReplay(Replay):
     def _sort(self, requests: list[int], counts: list[int]) -> None:
         """Who is steady in this step, and who is not."""
         members = self.steady.members
-        for key in members.keys() - requests:
-            self.steady.leave(key)
         if counts.count(1) != len(counts):
             for key, num_tokens in zip(requests, counts):
                 if num_tokens != 1 and key in members:
                     self.steady.leave(key)
         self.order, self.counts = requests, counts
         self.others = {key: n for key, n in zip(requests, counts) if key not in members}
+        if len(self.others) + len(members) > len(requests):
+            for key in members.keys() - requests:
+                self.steady.leave(key)
 
     def _advance(self) -> None:
         """Count what was planned for those who are not steady; who decodes becomes it."""
@@ -276,7 +301,7 @@ class ManagerReplay(Replay):
             request.num_computed_tokens += num_tokens
             if not self.one_by_one:
                 if num_tokens == 1:
-                    self.steady.join(key, request, self.manager.requests[key].quiet_until)
+                    self.steady.join(key, request, self.manager.requests[key])
                     del self.others[key]
                 continue
             request.num_in_flight_tokens += num_tokens
@@ -290,6 +315,7 @@ class ManagerReplay(Replay):
         if self.one_by_one:
             for key in [*self.answers]:
                 self._answer(key)
+            self._look_ahead(self.place + 1)
             return
         step = self.steps.pop(event.step, None)
         if step is None:

@@ -2,7 +2,7 @@
 
 Facts of a call stand before the call in a trace ("inner before outer"), and the calls of one step
 before ``step.scheduled`` or ``step.updated``. So the events of a scheduler fall into segments, each
-of which ends with one of those two.
+of which ends with one of those two; a whole step may be one segment.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ def segments(trace: Trace) -> Iterator[Segment]:
     Events of workers in another process are segments of their own; in the scheduler's process they
     stand between a schedule and its answer and stay there.
     """
-    if type(trace) is Trace and len(trace.files) == 1:
-        yield from _of_one_process(trace)
-        return
+    one = type(trace) is Trace and len(trace.files) == 1
+    return _of_one_process(trace) if one else _of_several(trace)
+
+
+def _of_several(trace: Trace) -> Iterator[Segment]:
     waiting: dict[int, Segment] = {}  # by process: several schedulers may run side by side
     for number, process, event in trace.records():
         kind = type(event)
@@ -72,26 +74,36 @@ def segments(trace: Trace) -> Iterator[Segment]:
 
 
 def _of_one_process(trace: Trace) -> Iterator[Segment]:
-    """The same from whole batches, which is twice as fast."""
+    """The same from whole batches: where a batch is one step, as a recorder writes it, so is the segment."""
     first = 1
     waiting: list[Event] = []
     trace.names.clear()
     for batch in trace.files[0].batches():
-        waiting = waiting + batch if waiting else batch
-        kinds = [*map(type, waiting)]
+        events = waiting + batch if waiting else batch
+        if not events:
+            continue  # whatever was captured made no event
+        kinds = [*map(type, events)]
+        if kinds[-1] is StepUpdated and kinds.count(StepUpdated) == 1 and ALONE.isdisjoint(kinds):
+            cuts = [len(events)]
+        else:
+            cuts = _cuts(kinds)
         start = 0
-        for place, kind in enumerate(kinds):
-            if kind in ENDS:
-                cut = place + 1
-            elif kind in ALONE:
-                if place > start:
-                    yield Segment(range(first + start, first + place), 0, waiting[start:place])
-                start, cut = place, place + 1
-            else:
-                continue
-            yield Segment(range(first + start, first + cut), 0, waiting[start:cut])
+        for cut in cuts:
+            yield Segment(range(first + start, first + cut), 0, events[start:cut])
             start = cut
         first += start
-        waiting = waiting[start:]
+        waiting = events[start:]
     if waiting:
         yield Segment(range(first, first + len(waiting)), 0, waiting)
+
+
+def _cuts(kinds: list[type[Event]]) -> list[int]:
+    """Behind each schedule and answer, and around what stands alone."""
+    cuts: dict[int, None] = {}
+    for place, kind in enumerate(kinds):
+        if kind in ALONE:
+            cuts[place] = cuts[place + 1] = None
+        elif kind in ENDS:
+            cuts[place + 1] = None
+    cuts.pop(0, None)
+    return [*cuts]

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from vllm_trace.mini.kv_cache_manager import KVCacheManager, RequestBlocks
 from vllm_trace.mini.request import Request
+
+
+class Member:
+    """One of them. ``computed`` and ``tokens`` are its counts less the steps scheduled and answered so far."""
+
+    __slots__ = ("key", "request", "held", "rank", "computed", "tokens", "due")
+
+    def __init__(self, key: int, request: Request, held: RequestBlocks, rank: int) -> None:
+        self.key, self.request, self.held, self.rank = key, request, held, rank
+        self.computed = self.tokens = 0
+        self.due = 0
+        """The step in which its quiet may end; 0 when it is no member any more."""
 
 
 class Steady:
@@ -11,51 +24,63 @@ class Steady:
     Steps are counted from 1 as they are scheduled, whatever numbers they have in the trace.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, manager: KVCacheManager) -> None:
+        self._allocate_slots = manager.allocate_slots
         self.num_scheduled = 0
         self.num_updated = 0
-        self.members: dict[int, tuple[Request, int, int]] = {}
-        """(request, computed tokens, tokens), each less the number of steps at that time."""
-        self._due: dict[int, list[int]] = {}
-        """Step → members whose quiet may end in it."""
-        self._due_at: dict[int, int] = {}
+        self.members: dict[int, Member] = {}
+        self._due: dict[int, list[Member]] = {}
+        """Step → members to look at in it; a member that was looked at earlier has another step now."""
 
-    def join(self, key: int, request: Request, quiet_until: int) -> None:
-        """From the next step on; ``request`` has its counts after the step just scheduled."""
-        computed = request.num_computed_tokens - self.num_scheduled
-        self.members[key] = (request, computed, request.num_tokens - self.num_updated)
-        self._set_due(key, max(quiet_until - computed + 1, self.num_scheduled + 1))
+    def join(self, key: int, request: Request, held: RequestBlocks, rank: int = 0) -> None:
+        """From the next step on. ``request`` has its counts as they are before it."""
+        member = self.members[key] = Member(key, request, held, rank)
+        member.computed = request.num_computed_tokens - self.num_scheduled
+        member.tokens = request.num_tokens - self.num_updated
+        self._look_again(member, self.num_scheduled + 1)
 
-    def was_called(self, key: int, quiet_until: int) -> None:
-        """``allocate_slots`` was replayed for the step that is being scheduled: when does it matter again?"""
-        member = self.members.get(key)
-        if member is not None:
-            self._set_due(key, max(quiet_until - member[1] + 1, self.num_scheduled + 2))
+    def call(self, member: Member, num_tokens: int = 1) -> bool:
+        """``allocate_slots`` for the step that is being scheduled; False when it was refused."""
+        request = member.request
+        request.num_computed_tokens = member.computed + self.num_scheduled
+        request.num_tokens = member.tokens + self.num_updated
+        if self._allocate_slots(request, num_tokens) is None:
+            return False
+        self._look_again(member, self.num_scheduled + 2)
+        return True
 
-    def _set_due(self, key: int, step: int) -> None:
-        self._due_at[key] = step
-        self._due.setdefault(step, []).append(key)
+    def decode(self, member: Member) -> bool:
+        """The same for one token, if that is all that is left to compute: a chunk of a prompt may be one token too."""
+        if member.computed + self.num_scheduled != member.tokens + self.num_updated - 1:
+            return False
+        self.call(member)
+        return True
 
-    def due(self) -> list[int]:
+    def _look_again(self, member: Member, earliest: int) -> None:
+        step = member.held.quiet_until - member.computed + 1
+        if step < earliest:
+            step = earliest
+        member.due = step
+        waiting = self._due.get(step)
+        if waiting is None:
+            self._due[step] = [member]
+        else:
+            waiting.append(member)
+
+    def due(self) -> list[Member]:
         """Whose quiet ends in the step that is being scheduled, and who was not called in it."""
         step = self.num_scheduled + 1
-        return [key for key in self._due.pop(step, ()) if self._due_at.get(key) == step]
-
-    def catch_up(self, key: int) -> None:
-        """Put the counts of one right, as they are before the next schedule."""
-        member = self.members.get(key)
-        if member is not None:
-            request, computed, tokens = member
-            request.num_computed_tokens = computed + self.num_scheduled
-            request.num_tokens = tokens + self.num_updated
+        waiting = self._due.pop(step, None)
+        return [member for member in waiting if member.due == step] if waiting else []
 
     def leave(self, key: int) -> None:
-        self.catch_up(key)
-        if self.members.pop(key, None) is not None:
-            del self._due_at[key]
+        member = self.members.pop(key, None)
+        if member is not None:
+            member.request.num_computed_tokens = member.computed + self.num_scheduled
+            member.request.num_tokens = member.tokens + self.num_updated
+            member.due = 0
 
     def sampled(self, key: int, num_tokens: int) -> None:
         """In the step just answered it was not one token."""
         if key in self.members:
-            request, computed, tokens = self.members[key]
-            self.members[key] = (request, computed, tokens + num_tokens - 1)
+            self.members[key].tokens += num_tokens - 1

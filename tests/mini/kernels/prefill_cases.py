@@ -7,7 +7,7 @@ from bench.attention_cases import HEADS, TOLERANCE, Case, dense, errors, make
 from vllm_trace.mini import attention, kernels
 
 DEVICE = "cpu" if kernels.interpreted() else "cuda"
-BATCH = dict(lengths=(1, 33, 64, 65, 90), chunks=(1, 33, 32, 1, 50), head_size=32)
+BATCH = dict(lengths=(1, 33, 64, 65, 90), chunks=(1, 33, 32, 1, 50), head_size=32, heads=(4, 2))
 
 
 def check(case, **more):
@@ -20,10 +20,14 @@ def check(case, **more):
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("block_size", [8, 16, 64])
-def test_chunks_behind_contexts(heads, block_size):
-    check(Case(heads=heads, block_size=block_size, **BATCH))
-    check(Case(heads=heads, block_size=block_size, **BATCH), max_query_len=50)
+def test_chunks_behind_contexts(heads):
+    check(Case(block_size=16, **BATCH | dict(heads=heads)))
+
+
+@pytest.mark.parametrize("block_size", [8, 64])
+def test_block_sizes_and_a_known_longest_query(block_size):
+    check(Case(block_size=block_size, **BATCH))
+    check(Case(block_size=block_size, **BATCH), max_query_len=50)
 
 
 @pytest.mark.parametrize("layout", attention.LAYOUTS)

@@ -29,13 +29,13 @@ def inject(events: list[Event], seed: int) -> tuple[list[Event], int]:
     rng = random.Random(seed)
     held: set[int] = set()
     places: list[tuple[int, list[int]]] = []
-    for index, event in enumerate(events):
-        if isinstance(event, BlocksTaken):
+    for index, seen in enumerate(events):
+        if isinstance(seen, BlocksTaken):
             if held:
                 places.append((index, sorted(held)))
-            held |= set(event.blocks)
-        elif isinstance(event, BlocksTouched | BlocksFreed):
-            for block, count in zip(event.blocks, event.ref_cnts):
+            held |= set(seen.blocks)
+        elif isinstance(seen, BlocksTouched | BlocksFreed):
+            for block, count in zip(seen.blocks, seen.ref_cnts):
                 (held.add if count else held.discard)(block)
     index, choices = rng.choice(places[len(places) // 4 :] or places)
     event: Any = events[index]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layouts import Scale, collect_keys, collect_values, kv_heads_of, size_of
-from .logits import Bend, by_token, weighted_sum
+from .layouts import Reader, Scale, size_of
+from .logits import Bend, add_weighted_sum, by_token
 from .support import check_shapes, check_tables
 
 PARTITION_SIZE = 512  # tokens that one V2 partition covers
-WALK = 512  # tokens that V1 collects at a time: a matter of speed only
+WALK = 512  # tokens that are collected at a time: a matter of speed only
 MAX_V1_SEQ_LEN = 8192  # V1 keeps all logits of a sequence in shared memory, which ends here
 
 
@@ -77,33 +77,18 @@ def paged_attention_v1(
 ) -> Tensor:
     """All logits of a sequence first, one softmax over them, then the weighted sum.
 
-    The CUDA kernel runs the loop's body once for each sequence and head; here a body does all heads of a sequence. Both
-    walks over the cache go 512 tokens at a time, so that what is collected stays in a CPU's cache.
+    The CUDA kernel runs the loop's body once for each sequence and head; here a body does all heads of a sequence.
     """
     if validate:
         _check(query, key_cache, value_cache, block_tables, seq_lens, layout, out)
     bend = Bend(scale, alibi_slopes, sliding_window, softcap, causal=False)  # nothing lies behind
+    reader = Reader(key_cache, value_cache, k_scale, v_scale, layout)
     out = torch.empty_like(query) if out is None else out
-    num_kv_heads = kv_heads_of(key_cache, layout)
     for seq, length in enumerate(seq_lens[: len(query)].tolist()):
-        own, table = seq_lens.new_tensor([length - 1]), block_tables[seq]
+        rows = bend.rows(query[seq, None], reader.num_kv_heads)
         first = bend.first_key(length - 1)
-        parts = _parts(first, length, WALK)
-        rows = bend.rows(query[seq, None], num_kv_heads)
-        logits = rows.new_empty((*rows.shape[:2], length - first))
-        # No name for what is collected: its memory is free, and still in a CPU's cache, when the next walk takes it.
-        for start, end in parts:
-            logits[..., start - first : end - first] = bend.logits(
-                rows, collect_keys(key_cache, table, start, end, k_scale, layout), own, start
-            )
-        weights = torch.softmax(logits, dim=-1)
-        total = torch.zeros_like(rows)
-        for start, end in parts:
-            total += weighted_sum(
-                weights[..., start - first : end - first],
-                collect_values(value_cache, table, start, end, v_scale, layout),
-            )
-        out[seq] = by_token(total, 1)[0]  # of no tokens: zeros
+        found, _, _ = _attend(bend, rows, reader, block_tables[seq], first, length, length - 1)
+        out[seq] = by_token(found, 1)[0]
     return out
 
 
@@ -147,21 +132,12 @@ def paged_attention_v2(
     exp_sums = query.new_zeros((num_seqs, num_heads, num_partitions), dtype=torch.float32)
     max_logits = torch.full_like(exp_sums, -torch.inf)  # a partition without tokens gets no weight
     tmp_out = exp_sums.new_zeros((num_seqs, num_heads, num_partitions, head_size))
-    num_kv_heads = kv_heads_of(key_cache, layout)
+    reader = Reader(key_cache, value_cache, k_scale, v_scale, layout)
     for seq, length in enumerate(lengths):
-        own, table = seq_lens.new_tensor([length - 1]), block_tables[seq]
-        rows = bend.rows(query[seq, None], num_kv_heads)
+        rows = bend.rows(query[seq, None], reader.num_kv_heads)
         for start, end in _parts(bend.first_key(length - 1), length, PARTITION_SIZE):
-            part = start // PARTITION_SIZE
-            logits = bend.logits(
-                rows, collect_keys(key_cache, table, start, end, k_scale, layout), own, start
-            )
-            largest = logits.amax(dim=-1, keepdim=True)
-            weights = torch.exp(logits - largest)
-            total = weights.sum(dim=-1, keepdim=True)
-            found = weighted_sum(
-                weights / total, collect_values(value_cache, table, start, end, v_scale, layout)
-            )
+            part, table = start // PARTITION_SIZE, block_tables[seq]
+            found, largest, total = _attend(bend, rows, reader, table, start, end, length - 1)
             tmp_out[seq, :, part] = by_token(found, 1)[0]
             max_logits[seq, :, part] = largest.flatten()
             exp_sums[seq, :, part] = total.flatten()
@@ -183,6 +159,32 @@ def paged_attention_v2_reduce(exp_sums: Tensor, max_logits: Tensor, tmp_out: Ten
     total = rescaled.sum(dim=-1, keepdim=True)
     weights = rescaled / total.masked_fill(total == 0.0, 1.0)
     return torch.einsum("shp,shpd->shd", weights, tmp_out)
+
+
+def _attend(
+    bend: Bend, rows: Tensor, reader: Reader, table: Tensor, start: int, end: int, position: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of one token to a stretch of its sequence: the output, the largest logit and the sum of exponentials.
+
+    Both walks over the cache go WALK tokens at a time, so that what is collected stays in a CPU's cache.
+    """
+    if start >= end:
+        none = rows.new_zeros((*rows.shape[:2], 1))
+        return torch.zeros_like(rows), none, none
+    own = table.new_tensor([position])
+    parts = _parts(start, end, WALK)
+    found = [bend.logits(rows, reader.keys(table, *part), own, part[0]) for part in parts]
+    logits = torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    weights /= total
+    out = torch.zeros_like(rows)
+    for first, last in parts:
+        add_weighted_sum(
+            out, weights[..., first - start : last - start], reader.values(table, first, last)
+        )
+    return out, largest, total
 
 
 def _parts(first: int, length: int, size: int) -> list[tuple[int, int]]:

@@ -13,7 +13,9 @@ Strides are free: a view of a larger tensor will do.
 
 from __future__ import annotations
 
-from torch import Tensor, float32, uint8
+from math import prod
+
+from torch import Tensor, dtype, float32, index_select, uint8
 
 #: layout → the order of its dimensions as [block, token, head, element]
 ORDER = {"flash": (0, 1, 2, 3), "heads": (0, 2, 1, 3), "planes": (1, 2, 0, 3)}
@@ -25,11 +27,8 @@ def size_of(key_cache: Tensor, layout: str) -> tuple[int, int]:
     """Number of blocks and block size."""
     if layout == "split":
         return key_cache.shape[0], key_cache.shape[3]
-    return tuple(key_cache.permute(ORDER[layout]).shape[:2])
-
-
-def kv_heads_of(key_cache: Tensor, layout: str) -> int:
-    return key_cache.shape[1 if layout == "split" else ORDER[layout][2]]
+    num_blocks, block_size = key_cache.permute(ORDER[layout]).shape[:2]
+    return num_blocks, block_size
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -42,48 +41,71 @@ def by_block(cache: Tensor, layout: str) -> Tensor:
     return cache.transpose(0, 1) if layout == "planes" else cache
 
 
-def collect_keys(
-    cache: Tensor, table: Tensor, start: int, end: int, scale: Scale, layout: str
-) -> Tensor:
-    """Tokens `start` to `end` of the sequence whose row of the block tables is `table`.
+class Reader:
+    """Collects tokens of sequences from the caches of one layer, always into the same memory.
 
-    Shapes: returns `[end - start, num_kv_heads, head_size]`, float32.
+    What `keys` or `values` returns holds until either is called again. Memory of its own for each piece would be
+    handed back to the system and taken anew every time, which costs more than the copy.
     """
-    if layout == "split":
-        block_size = cache.shape[3]
-        blocks, offset = _needed(table, start, end, block_size)
-        tokens = as_bytes(cache)[blocks].permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
-        return _real(tokens[offset : offset + end - start], cache, scale)
-    return _collect(cache.permute(ORDER[layout]), table, start, end, scale)
 
+    def __init__(
+        self, key_cache: Tensor, value_cache: Tensor, k_scale: Scale, v_scale: Scale, layout: str
+    ) -> None:
+        self._split_keys = key_cache if layout == "split" else None
+        self._keys = key_cache if layout == "split" else key_cache.permute(ORDER[layout])
+        order = (0, 3, 1, 2) if layout == "split" else ORDER[layout]
+        self._values = value_cache.permute(order)
+        self._scales = k_scale, v_scale
+        self.num_kv_heads = self._values.shape[2]
+        self._room: dict[dtype, Tensor] = {}
 
-def collect_values(
-    cache: Tensor, table: Tensor, start: int, end: int, scale: Scale, layout: str
-) -> Tensor:
-    """The same for V, which the split layout stores in another way."""
-    order = (0, 3, 1, 2) if layout == "split" else ORDER[layout]
-    return _collect(cache.permute(order), table, start, end, scale)
+    def keys(self, table: Tensor, start: int, end: int) -> Tensor:
+        """Tokens `start` to `end` of the sequence whose row of the block tables is `table`.
 
+        Shapes: returns `[end - start, num_kv_heads, head_size]`, float32.
+        """
+        if self._split_keys is None:
+            return self._collect(self._keys, table, start, end, self._scales[0])
+        blocks, offset = _needed(table, start, end, self._split_keys.shape[3])
+        tokens = as_bytes(self._split_keys)[blocks].permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
+        return self._real(
+            tokens[offset : offset + end - start], self._split_keys.dtype, self._scales[0]
+        )
 
-def _collect(cache: Tensor, table: Tensor, start: int, end: int, scale: Scale) -> Tensor:
-    blocks, offset = _needed(table, start, end, cache.shape[1])
-    tokens = as_bytes(cache).index_select(0, blocks).flatten(0, 1)
-    # What lies behind the last token of a block is left from an earlier owner and is cut off.
-    return _real(tokens[offset : offset + end - start], cache, scale)
+    def values(self, table: Tensor, start: int, end: int) -> Tensor:
+        """The same for V, which the split layout stores in another way."""
+        return self._collect(self._values, table, start, end, self._scales[1])
+
+    def _collect(self, cache: Tensor, table: Tensor, start: int, end: int, scale: Scale) -> Tensor:
+        blocks, offset = _needed(table, start, end, cache.shape[1])
+        stored = as_bytes(cache)
+        room = self._take(stored.dtype, (len(blocks), *stored.shape[1:]), stored)
+        tokens = index_select(stored, 0, blocks, out=room).flatten(0, 1)
+        # What lies behind the last token of a block is left from an earlier owner and is cut off.
+        return self._real(tokens[offset : offset + end - start], cache.dtype, scale)
+
+    def _real(self, tokens: Tensor, stored: dtype, scale: Scale) -> Tensor:
+        """What the stored numbers stand for."""
+        tokens = tokens.view(stored)
+        if stored != float32:
+            tokens = self._take(float32, tuple(tokens.shape), tokens).copy_(tokens)
+        if isinstance(scale, Tensor):
+            return tokens.mul_(per_head(scale))
+        return tokens if scale == 1.0 else tokens.mul_(scale)
+
+    def _take(self, kind: dtype, shape: tuple[int, ...], beside: Tensor) -> Tensor:
+        """Memory for so many elements, what it held before is void."""
+        size = prod(shape)
+        room = self._room.get(kind)
+        if room is None or len(room) < size:
+            room = self._room[kind] = beside.new_empty(size, dtype=kind)
+        return room[:size].view(shape)
 
 
 def _needed(table: Tensor, start: int, end: int, block_size: int) -> tuple[Tensor, int]:
     """The blocks that hold the tokens, and where in the first of them `start` is."""
     first = start // block_size
-    return table[first : -(-end // block_size)].long(), start - first * block_size
-
-
-def _real(tokens: Tensor, cache: Tensor, scale: Scale) -> Tensor:
-    """What the stored numbers stand for."""
-    tokens = tokens.view(cache.dtype).to(float32)
-    if isinstance(scale, Tensor):
-        return tokens * per_head(scale)
-    return tokens if scale == 1.0 else tokens * scale
+    return table[first : -(-end // block_size)], start - first * block_size
 
 
 def per_head(scale: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Bend:
         Shapes: `keys [num_keys, num_kv_heads, head_size]`, `own [num_tokens]`, returns
         `[num_kv_heads, group * num_tokens, num_keys]`, float32.
         """
-        found = rows @ keys.permute(1, 2, 0)
+        found = torch.bmm(rows, keys.permute(1, 2, 0))
         if self.softcap:
             found = self.softcap * torch.tanh(found / self.softcap)
         if self.alibi_slopes is None and not self.causal and not self.sliding_window:
@@ -62,7 +62,12 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Shapes: `weights [num_kv_heads, rows, num_keys]`, `values [num_keys, num_kv_heads, head_size]`, returns
     `[num_kv_heads, rows, head_size]`.
     """
-    return weights @ values.transpose(0, 1)
+    return torch.bmm(weights, values.transpose(0, 1))
+
+
+def add_weighted_sum(out: Tensor, weights: Tensor, values: Tensor) -> None:
+    """The same, added to what `out` has."""
+    out.baddbmm_(weights, values.transpose(0, 1))
 
 
 def by_token(rows: Tensor, num_tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layouts import Scale, collect_keys, collect_values, size_of
+from .layouts import Reader, Scale, size_of
 from .logits import Bend, by_token, weighted_sum
 from .support import check_shapes, check_tables
 
@@ -51,6 +51,7 @@ def context_attention_fwd(
         check_tables(block_tables, seq_lens[:num_seqs], block_size, num_blocks)
         _check_chunks(query_start_loc, seq_lens, len(query))
     bend = Bend(scale, alibi_slopes, sliding_window, softcap, causal)
+    reader = Reader(key_cache, value_cache, k_scale, v_scale, layout)
     out = torch.empty_like(query) if out is None else out
     starts = query_start_loc.tolist()
     for seq, length in enumerate(seq_lens[:num_seqs].tolist()):
@@ -59,10 +60,10 @@ def context_attention_fwd(
             continue
         own = torch.arange(length - (end - begin), length, device=query.device)
         first = bend.first_key(length - (end - begin))
-        keys = collect_keys(key_cache, block_tables[seq], first, length, k_scale, layout)
-        values = collect_values(value_cache, block_tables[seq], first, length, v_scale, layout)
-        rows = bend.rows(query[begin:end], keys.shape[1])
-        weights = torch.softmax(bend.logits(rows, keys, own, first), dim=-1)
+        rows = bend.rows(query[begin:end], reader.num_kv_heads)
+        logits = bend.logits(rows, reader.keys(block_tables[seq], first, length), own, first)
+        values = reader.values(block_tables[seq], first, length)
+        weights = torch.softmax(logits, dim=-1)
         out[begin:end] = by_token(weighted_sum(weights, values), len(own))
     return out
 

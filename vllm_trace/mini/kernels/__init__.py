@@ -1,7 +1,8 @@
 """The attention of `mini.attention` in Triton: the same functions, the same arguments, on a GPU.
 
 Follows: the learning plan's steps 5 to 11; what each module names.
-Leaves out: checks of values, which would wait for the GPU; see `unsupported` for what can be asked before a launch.
+Leaves out: checks of values, which would wait for the GPU: with a table entry, a length or a slot beyond the cache what
+happens is undefined (the torch form refuses it by its index). `unsupported` says what can be asked before a launch.
 
 With TRITON_INTERPRET=1 in the environment before Triton is imported they run on the CPU, slowly: for tests.
 """

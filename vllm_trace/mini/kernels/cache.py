@@ -172,7 +172,8 @@ def _parts_of(source: Tensor, target: Tensor) -> tuple[int, int, int, int]:
     Raises: ValueError when parts would have to be told by two strides.
     """
     dims = sorted(range(1, source.dim()), key=lambda dim: source.stride(dim))
-    size, outer = 1, []
+    size = 1
+    outer: list[tuple[int, tuple[int, int]]] = []
     for dim in dims:
         length, strides = source.shape[dim], (source.stride(dim), target.stride(dim))
         if length == 1:

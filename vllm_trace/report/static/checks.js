@@ -34,15 +34,21 @@ class Checks {
   divergence(one) {
     const found = one.divergence;
     const side = (title, text) => el("div.side.differs", {}, el("h3", { text: title }), el("code", { text }));
-    const shared = Object.entries(found.ref_cnts).filter(([, count]) => count > 1);
+    const [theirs, ours] = [found.recorded_state, found.mini_state];
+    const counts = (state) => Object.entries(state.ref_cnts).filter(([, count]) => count > 1).map(([id, count]) => `${id}: ${count}`).join(", ") || "–";
+    const table = (state, name) => (state.tables[name] || []).map((row) => some(row, 60)).join(" | ");
+    const names = [...new Set([...Object.keys(theirs.tables), ...Object.keys(ours.tables)])];
+    const differ = (name) => (table(theirs, name) === table(ours, name) ? 1 : 0);
+    names.sort((one, other) => differ(one) - differ(other));
+    const row = (title, left, right) => el(left === right ? "tr" : "tr.differs", {}, el("th", { text: title }), el("td.num", { text: left }), el("td.num", { text: right }));
     return el("div.box", { id: "divergence" }, el("h3", {}, `First divergence of the ${one.mode} replay, of class “${found.kind}”, at `, eventLink(found.event)),
+      found.note ? el("p", { text: found.note }) : "",
       el("div.sides", {}, side("recorded", found.recorded), side("mini", found.mini)),
-      el("h3", { text: "mini's state there" }),
-      el("dl.facts", {},
-        el("dt", { text: "free queue" }), el("dd.num", { text: some(found.free_list, 40) }),
-        Object.entries(found.tables).slice(0, 40).map(([name, rows]) => [el("dt", { text: `table of ${name}` }),
-          el("dd.num", { text: rows.map((row) => some(row, 60)).join(" | ") })]).flat(),
-        shared.length ? [el("dt", { text: "shared" }), el("dd.num", { text: shared.map(([id, count]) => `${id}: ${count}`).join(", ") })] : []),
+      el("h3", { text: "Both sides after that call" }),
+      el("div.wide", {}, el("table", {}, el("thead", {}, el("tr", {}, ["", "recorded", "mini"].map((text) => el("th", { text })))),
+        el("tbody", {}, row("free queue", some(theirs.free_list, 40), some(ours.free_list, 40)),
+          names.slice(0, 40).map((name) => row(`table of ${name}`, table(theirs, name), table(ours, name))),
+          row("counts above 1", counts(theirs), counts(ours))))),
       el("h3", { text: "Before it" }), el("ol.happened", {}, found.story.map((line) => told(line))),
       el("details", {}, el("summary", { text: "A script that shows it again" }), el("pre", { text: found.script })));
   }

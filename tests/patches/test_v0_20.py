@@ -8,7 +8,7 @@ from vllm_trace.events import RequestSeen, SlotsRefused
 from vllm_trace.hooks.resolve import resolve
 from vllm_trace.hooks.wrap import make_wrapper
 from vllm_trace.options import LEVELS, Options
-from vllm_trace.patches import block_probes as b
+from vllm_trace.patches import block_probes as s
 from vllm_trace.patches import v0_20, v0_32
 from vllm_trace.recorder import Recorder
 
@@ -73,7 +73,7 @@ class Manager:
 def test_who_does_not_fit_as_a_whole_is_refused_the_rest_of_its_sequence(tmp_path):
     recorder = Recorder(Options(dir=str(tmp_path)))
     fits = make_wrapper(
-        Manager.can_fit_full_sequence, b.can_fit_full_sequence,
+        Manager.can_fit_full_sequence, s.can_fit_full_sequence,
         recorder=recorder, failed=pytest.fail, clock=lambda: 0,
     )  # fmt: skip
     long, short = (

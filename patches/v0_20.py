@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
-from vllm_trace.patches import scheduler_probes as s
+from vllm_trace.patches import block_probes as b
 from vllm_trace.patches import v0_32
 from vllm_trace.patches import worker_probes as w
 
@@ -22,7 +22,7 @@ _CUDA = "vllm.platforms.cuda:CudaPlatformBase"
 _OTHERS = {
     "vllm.v1.core.block_pool:BlockPool._remove_cached_block_hashes": {
         "target": "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block",
-        "probe": s.maybe_evict_cached_block,
+        "probe": b.maybe_evict_cached_block,
     },
     f"{_CUDA}.get_valid_backends": {
         "probe": w.cuda_backends_ranked_0_20,
@@ -43,7 +43,7 @@ HOOKS = (
     ),
     Hook(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.can_fit_full_sequence",
-        s.can_fit_full_sequence,
+        b.can_fit_full_sequence,
         emits="slots.refused",
         without="a waiting request that does not fit as a whole leaves no refusal",
     ),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
 from vllm_trace.patches import attention_probes as a
+from vllm_trace.patches import block_probes as b
 from vllm_trace.patches import scheduler_probes as s
+from vllm_trace.patches import step_probes as t
 from vllm_trace.patches import worker_probes as w
 
 _MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
@@ -27,16 +29,16 @@ SCHEDULER_HOOKS = (
     ),
     Hook(
         f"{_SCHEDULER}.schedule",
-        s.schedule,
-        light=s.schedule_light,
+        t.schedule,
+        light=t.schedule_light,
         emits="step.scheduled",
         required=True,
         without="there are no steps",
     ),
     Hook(
         f"{_SCHEDULER}.update_from_output",
-        s.update_from_output,
-        light=s.update_from_output_light,
+        t.update_from_output,
+        light=t.update_from_output_light,
         emits="step.updated",
         required=True,
         without="nothing is written until the engine stops, and token outcomes are unknown",
@@ -67,68 +69,68 @@ SCHEDULER_HOOKS = (
     ),
     Hook(
         f"{_MANAGER}.get_computed_blocks",
-        s.get_computed_blocks,
+        b.get_computed_blocks,
         emits="prefix.looked_up",
         required=True,
         without="prefix hits and misses are unknown",
     ),
     Hook(
         f"{_MANAGER}.allocate_slots",
-        s.allocate_slots,
+        b.allocate_slots,
         emits="slots.allocated slots.refused",
         required=True,
         without="replay cannot place blocks",
     ),
     Hook(
         f"{_MANAGER}.free",
-        s.free,
+        b.free,
         emits="request.freed",
         required=True,
         without="frees cannot be given to a request",
     ),
     Hook(
         f"{_MANAGER}.take_events",
-        s.take_events,
+        b.take_events,
         emits="kv_events.taken",
         without="our events cannot be checked against vLLM's own KV events",
     ),
     Hook(
         f"{_POOL}.get_new_blocks",
-        s.get_new_blocks,
+        b.get_new_blocks,
         emits="blocks.taken",
         required=True,
         without="the order of the free queue is unknown",
     ),
     Hook(
         f"{_POOL}._remove_cached_block_hashes",
-        s.remove_cached_block_hashes,
+        b.remove_cached_block_hashes,
         emits="block.evicted",
         without="nobody knows why a prefix was missed",
     ),
     Hook(
         f"{_POOL}.touch",
-        s.touch,
+        b.touch,
         emits="blocks.touched",
         required=True,
         without="reference counts are unknown",
     ),
     Hook(
         f"{_POOL}.cache_full_blocks",
-        s.cache_full_blocks,
+        b.cache_full_blocks,
         emits="blocks.cached",
         required=True,
         without="what can be hit is unknown",
     ),
     Hook(
         f"{_POOL}.free_blocks",
-        s.free_blocks,
+        b.free_blocks,
         emits="blocks.freed",
         required=True,
         without="reference counts and the free queue are unknown",
     ),
     Hook(
         f"{_POOL}.reset_prefix_cache",
-        s.reset_prefix_cache,
+        b.reset_prefix_cache,
         emits="prefix.reset",
         without="a reset of the prefix cache looks like lost hits",
     ),

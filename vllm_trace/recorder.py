@@ -18,19 +18,20 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from multiprocessing import current_process, util
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
 from vllm_trace.events import (
     SCHEMA_VERSION,
+    BlocksTaken,
     Event,
     ProbeFailed,
     RequestSeen,
-    StepScheduled,
 )
 from vllm_trace.options import Options
-from vllm_trace.packing import list_head
+from vllm_trace.packing import I16, SCHEDULED, U32, U64, list_head, pack_scheduled
 from vllm_trace.tracefile import SUFFIX, TraceWriter, encoded
 
 MAX_PENDING = 1_000_000
@@ -62,6 +63,13 @@ class Numbers(dict[str, int]):
 class Recorder:
     """Everything that one process records. One at a time in a process: ``vllm_trace.hooks``."""
 
+    # What each step looks at lies together; a class with as many attributes has a slow dictionary.
+    __slots__ = (
+        "__dict__", "__weakref__", "may_sleep", "steady", "steady_of", "tight", "quiet",
+        "pending", "planned", "planned_of", "planned_at", "num_doubles", "steady_need", "kept",
+        "with_tokens", "write_steady_step", "write_steady_step_alone",
+    )  # fmt: skip
+
     def __init__(self, options: Options) -> None:
         self.options = options
         self.pending: list[Any] = []
@@ -73,15 +81,31 @@ class Recorder:
         """Requests for which ``allocate_slots`` needed no new block, since the last step; in tight steps."""
         self.keep: Callable[[Any], None] = self.kept.append
         self.tight = True
-        """The step may run out of blocks, see ``patches/scheduler_probes.py``."""
+        """The step may run out of blocks, see ``patches/step_probes.py``."""
         self.steady_need = 0
         """Blocks that a steady step may ask for."""
         self.steady = -1
         """How many requests decode in the steady steps that are going on; -1 when none are."""
+        self.steady_of: Any = None
+        """The scheduler whose steps those are."""
+        self.may_sleep = False
+        """Its calls of ``allocate_slots`` can be told from what it returns, see ``patches/step_probes.py``."""
+        self.quiet = False
+        """A step is being scheduled in which ``allocate_slots`` sleeps."""
+        self.num_doubles = 0
+        """How many of ``pending`` are two events each."""
+        self.sleepers: dict[str, tuple[FunctionType, CodeType, CodeType]] = {}
+        """Hooks that can sleep, by the name of their probe: the function, its code asleep and awake."""
         self.planned: tuple[int, ...] | None = None
-        """Level light: fields of the ``step.scheduled`` of a steady step that is on its way."""
-        self.write_steady_step: Callable[[tuple[int, ...], int, int], bool] = _cannot_write
-        """The writer's own method while its file is open: a call less in each step."""
+        """Fields of the ``step.scheduled`` of a steady step that is on its way."""
+        self.planned_of: Any = None
+        """The ``SchedulerOutput`` of that step."""
+        self.planned_at = 0
+        """How many of ``pending`` stand before it."""
+        self.write_steady_step: Callable[..., bool] = _cannot_write
+        self.write_steady_step_alone: Callable[..., bool] = _cannot_write
+        """The writer's own methods while its file is open: a call less in each step."""
+        self.with_tokens = options.tokens
         self.rank = 0
         self.notes: dict[str, Any] = {}
         """More for the header, set before the first event: versions, hooks and their state."""
@@ -117,15 +141,26 @@ class Recorder:
     def _after_fork(self) -> None:
         """A forked child has its own file; what the parent had pending is the parent's."""
         self.writer = None
-        self.write_steady_step = _cannot_write
+        self.write_steady_step = self.write_steady_step_alone = _cannot_write
         self._plain = False
         self.kept.clear()
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
-        self.steady, self.planned, self.tight = -1, None, True
+        self.steady, self.planned, self.planned_of, self.tight = -1, None, None, True
+        self.num_doubles = 0
+        if self.quiet:
+            self.set_quiet(False)
         self.state.clear()
         self.waiting.clear()
+
+    # Hooks that sleep -----------------------------------------------------------------
+
+    def set_quiet(self, quiet: bool) -> None:
+        """Have ``allocate_slots`` run as if it were not hooked, or watch it again."""
+        function, asleep, awake = self.sleepers["allocate_slots"]
+        function.__code__ = asleep if quiet else awake
+        self.quiet = quiet
 
     # Requests -------------------------------------------------------------------------
 
@@ -190,9 +225,25 @@ class Recorder:
     def spell_out_planned(self) -> None:
         """Something came between the two halves of a steady step: it becomes an ordinary event."""
         assert self.planned is not None
-        step, at, dur, running, waiting, free = self.planned
-        self.planned = None
-        self.pending.insert(0, StepScheduled(step, at, dur, running, waiting, free, 0))
+        step, at, dur, running, waiting, free, *kept = self.planned
+        self.planned = self.planned_of = None
+        event = pack_scheduled(
+            SCHEDULED,
+            step,
+            U64,
+            at,
+            U64,
+            dur,
+            U32,
+            running,
+            U32,
+            waiting,
+            U32,
+            free,
+            I16,
+            *(kept or [0]),
+        )
+        self.pending.insert(self.planned_at, event)
 
     def flush(self) -> None:
         """Write what is pending as one batch; it is safe when this returns. Never raises."""
@@ -206,20 +257,21 @@ class Recorder:
             if self._plain or self._prepare():
                 writer = self.writer
                 assert writer is not None
-                number = len(pending)
+                number = len(pending) + self.num_doubles
                 try:
                     data = b"".join(pending)
                 except TypeError:  # not only bytes
-                    data = b"".join(map(encoded, pending))
+                    data = b"".join(map(_encoded, pending))
                 writer.write_encoded(list_head(number) + data, number)
                 if writer.failure:
                     self._tell_failure()
         except Exception as error:
             failed = error
             if self.writer is not None:
-                self.writer.dropped += len(pending)
+                self.writer.dropped += len(pending) + self.num_doubles
         finally:
             pending.clear()
+            self.num_doubles = 0
         if failed is not None:
             self.probe_failed("the recorder's flush", failed)
 
@@ -271,6 +323,7 @@ class Recorder:
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = TraceWriter(folder / name, self._header())
             self.write_steady_step = self.writer.write_steady_step
+            self.write_steady_step_alone = self.writer.write_steady_step_alone
         except OSError as error:
             self._closed = True
             self.tell(f"no trace: {error}; the engine goes on untraced")
@@ -303,7 +356,8 @@ class Recorder:
             self._take_ready(wait=True)
             self._plain = False
             self.flush()
-        self.write_steady_step = _cannot_write
+        self.write_steady_step = self.write_steady_step_alone = _cannot_write
+        self.steady_of = None
         self._closed = True
         self._plain = False
         self._finalizer.cancel()
@@ -334,7 +388,13 @@ class Recorder:
                 print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
 
 
-def _cannot_write(planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:
+def _encoded(item: Any) -> bytes:
+    if type(item) is list:  # taken in a quiet step that was cut off, or nobody was given it
+        return encoded(BlocksTaken([block.block_id for block in item]))
+    return encoded(item)
+
+
+def _cannot_write(*values: Any) -> bool:
     """No file is open: the long way opens it."""
     return False
 

@@ -67,14 +67,15 @@ TAIL_SIZE = 512 * 1024
 MAX_RAW = 64 * 1024 * 1024
 """A frame that claims more than this is damage, not data: it bounds a reader's memory."""
 
-# A steady step as MessagePack with numbers of fixed width (0xce: u32, 0xcf: u64): a list of two,
-# StepScheduled with its first seven fields (no call kept a block's place: 0) and StepUpdated with
-# its first three.
-_STEADY = struct.Struct(">3sBIBQBQBIBIBI3sBIBQBQ")
-_put_steady = _STEADY.pack_into
-_U32, _U64 = 0xCE, 0xCF
-_STEADY_HEAD = bytes([0x92, 0x98, tag_of(StepScheduled)])
-_STEADY_MIDDLE = bytes([0x00, 0x94, tag_of(StepUpdated)])
+# A steady step as MessagePack with numbers of fixed width (0xce: u32, 0xcf: u64): StepScheduled with its
+# first seven fields and StepUpdated with its first three. The number of silent calls, a byte, is in the middle.
+_STEADY = struct.Struct(">3sIBQBIBIBIBI4sIBQBI")
+_STEADY_ALONE = struct.Struct(">4sIBQBIBIBIBI4sIBQBI")
+_STEADY_FRONT = struct.Struct("<IB")  # the size of the batch, and that it is a list of so many
+_STEADY_HEAD = bytes([0x98, tag_of(StepScheduled), 0xCE])
+_STEADY_MIDDLES = {
+    kept: bytes([kept & 0xFF, 0x94, tag_of(StepUpdated), 0xCE]) for kept in range(-1, 128)
+}
 
 _encode = msgspec.msgpack.Encoder().encode
 decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
@@ -153,25 +154,77 @@ class TraceWriter:
         self._used = end
         self.num_events += num_events
 
-    def write_steady_step(self, planned: tuple[int, ...], started_ns: int, dur_ns: int) -> bool:
-        """Add a batch of a ``step.scheduled`` like the last one and its ``step.updated``.
+    # Names that are constants of the next two are their defaults: what a step looks up in a module's
+    # dictionary is in no cache by then.
 
-        ``planned``: step, started, duration, running, waiting, free. The same bytes as ``write``
-        would store but for the width of the numbers, made in one call. False when they do not
-        fit; the caller takes the long way then.
+    def write_steady_step(
+        self,
+        planned: tuple[int, ...],
+        started_ns: int,
+        dur_ns: int,
+        before: list[bytes],
+        num_doubles: int,
+        *,
+        put: Callable[..., None] = _STEADY.pack_into,
+        size: int = _STEADY.size,
+        head: bytes = _STEADY_HEAD,
+        middles: dict[int, bytes] = _STEADY_MIDDLES,
+        put_front: Callable[..., None] = _STEADY_FRONT.pack_into,
+    ) -> bool:
+        """Add a batch of events, a ``step.scheduled`` like the last one, and its ``step.updated``.
+
+        ``planned``: step, started, duration, running, waiting, free, silent calls. The same bytes as
+        ``write`` would store but for the width of the numbers, made in place. ``num_doubles`` of
+        ``before`` are two events each. False when it does not fit, or they are not all bytes; the
+        caller takes the long way then.
         """
-        begin = self._used
-        end = begin + 4 + _STEADY.size
+        step, at, dur, running, waiting, free, kept = planned
+        number = len(before) + num_doubles + 2
+        tail, begin = self._tail, self._used + 5
+        try:
+            data = b"".join(before)
+            place = begin + len(data)
+            end = place + size
+            if end > self._tail_end or number > 15:
+                return False
+            put(
+                tail, place, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
+                0xCE, free, middles[kept], step, 0xCF, started_ns, 0xCE, dur_ns,
+            )  # fmt: skip
+        except (TypeError, KeyError, struct.error):
+            return False
+        tail[begin:place] = data
+        # The size goes in last: until then the batch does not exist for a reader.
+        put_front(tail, begin - 5, end - begin + 1, 0x90 + number)
+        self._used = end
+        self.num_events += number
+        return True
+
+    def write_steady_step_alone(
+        self,
+        planned: tuple[int, ...],
+        started_ns: int,
+        dur_ns: int,
+        *,
+        put: Callable[..., None] = _STEADY_ALONE.pack_into,
+        size: int = _STEADY_ALONE.size,
+        head: bytes = b"\x92" + _STEADY_HEAD,
+        middle: bytes = _STEADY_MIDDLES[0],
+    ) -> bool:
+        """The same with nothing before it, in a step without silent calls: all that level light writes."""
+        step, at, dur, running, waiting, free = planned
+        tail, begin = self._tail, self._used
+        end = begin + 4 + size
         if end > self._tail_end:
             return False
-        step, started, dur, running, waiting, free = planned
-        _put_steady(
-            self._tail, begin + 4,
-            _STEADY_HEAD, _U32, step, _U64, started, _U64, dur,
-            _U32, running, _U32, waiting, _U32, free,
-            _STEADY_MIDDLE, _U32, step, _U64, started_ns, _U64, dur_ns,
-        )  # fmt: skip
-        _put_size(self._tail, begin, _STEADY.size)
+        try:
+            put(
+                tail, begin + 4, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
+                0xCE, free, middle, step, 0xCF, started_ns, 0xCE, dur_ns,
+            )  # fmt: skip
+        except struct.error:
+            return False
+        tail[begin] = size  # below 256, before zeros
         self._used = end
         self.num_events += 2
         return True

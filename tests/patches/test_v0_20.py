@@ -8,7 +8,7 @@ from vllm_trace.events import RequestSeen, SlotsRefused
 from vllm_trace.hooks.resolve import resolve
 from vllm_trace.hooks.wrap import make_wrapper
 from vllm_trace.options import LEVELS, Options
-from vllm_trace.patches import scheduler_probes as s
+from vllm_trace.patches import block_probes as s
 from vllm_trace.patches import v0_20, v0_32
 from vllm_trace.recorder import Recorder
 

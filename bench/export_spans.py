@@ -79,7 +79,8 @@ def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, A
 STEPS = 128
 """In a stretch. The sidecar that goes on finds what grew while it was stopped, and works at once."""
 
-PAIRS_PER_FILL = 10
+PAIRS_PER_FILL = 5
+"""No more than the requests have tokens for: a step without any measures nothing."""
 
 START_S = 2.0
 """A sidecar is up and waiting after this; an engine takes longer to start."""
@@ -146,6 +147,7 @@ def paired(engine: Any, url: str, others: set[int], pairs: int) -> list[tuple[fl
     What grew while the sidecar was stopped it has to read when it goes on: it works twice as hard.
     Without a URL nobody is there to be stopped: the noise.
     """
+    from bench.engine import NUM_REQUESTS
     from vllm_trace import hooks, sidecar
     from vllm_trace.options import Options
 
@@ -177,6 +179,8 @@ def paired(engine: Any, url: str, others: set[int], pairs: int) -> list[tuple[fl
                 ) % 2:  # each goes first as often, also in a fill
                     order.reverse()
                 taken = {one: stretch(one) for one in order}
+                running = len(engine.core.scheduler.running)
+                assert running == NUM_REQUESTS, "requests ended within a stretch"
                 found.append((taken[signal.SIGCONT], taken[signal.SIGSTOP]))
             return found
         finally:

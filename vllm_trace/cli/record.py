@@ -17,6 +17,10 @@ def add(verb: AddVerb) -> None:
     )  # fmt: skip
     recording_flags(record)
     record.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    record.epilog = (
+        f"{record.epilog or ''}\nThe exit code is the command's own; 1 when that is 0 and "
+        "spans that --otlp asked for were lost."
+    ).strip()
 
 
 def _record(arguments: argparse.Namespace) -> int:

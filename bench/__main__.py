@@ -302,13 +302,21 @@ def measure_spans(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     with tell.status("measuring") as status:
         figures = {"schema": 1, "about": about()} | export_spans.measure(asked.quick, status.update)
     figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
-    heads, rows = ("what", "figure", "target"), export_spans.rows(figures)
-    lines = ["# What spans take", "", *head_of(figures["about"]), "", *_markdown_table(heads, rows)]
-    (asked.output / "export_spans.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (asked.output / "export_spans.md").write_text("\n".join([*lines, ""]))
+    write_spans(figures, asked.output)
     if not asked.json:
-        show_table(heads, rows, "Spans")
+        show_table(SPAN_HEADS, export_spans.rows(figures), "Spans")
     return figures
+
+
+SPAN_HEADS = ("what", "figure", "target")
+
+
+def write_spans(figures: dict[str, Any], folder: Path) -> None:
+    rows = export_spans.rows(figures)
+    lines = ["# What spans take", "", *head_of(figures["about"]), ""]
+    lines += _markdown_table(SPAN_HEADS, rows)
+    (folder / "export_spans.json").write_text(json.dumps(figures) + "\n")
+    (folder / "export_spans.md").write_text("\n".join([*lines, ""]))
 
 
 def measure_report(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:

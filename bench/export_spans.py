@@ -8,6 +8,7 @@ pairs with the same traced step while the sidecar is stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import statistics
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,10 +76,10 @@ def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, A
 
 # Streaming --------------------------------------------------------------------------------
 
-STEPS = 400
-"""In a stretch: the sidecar looks at the files every 0.2 s, or sooner after news."""
+STEPS = 128
+"""In a stretch. The sidecar that goes on finds what grew while it was stopped, and works at once."""
 
-PAIRS_PER_FILL = 2
+PAIRS_PER_FILL = 10
 
 START_S = 2.0
 """A sidecar is up and waiting after this; an engine takes longer to start."""
@@ -119,6 +120,8 @@ class Streaming:
     ratio_high: float
     ratio_error: float
     """Standard error of the median."""
+    pairs: list[tuple[float, float]]
+    """µs of a step with and without, to which a later measurement adds its own."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -182,23 +185,29 @@ def paired(engine: Any, url: str, others: set[int], pairs: int) -> list[tuple[fl
                 beside.abandon()
 
 
-def streaming(pairs: int, tell: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
-    """What ``--otlp`` adds to a step, with a receiver and without."""
+ARMS = {"nothing": "", "--otlp": "URL", "--otlp, nobody there": "http://127.0.0.1:9"}
+"""``URL`` is the receiver's."""
+
+
+def streaming(
+    pairs: int,
+    tell: Callable[[str], None] = lambda text: None,
+    arms: Iterable[str] = ARMS,
+    before: Iterable[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """What ``--otlp`` adds to a step, with a receiver and without; ``before`` was measured earlier."""
     from bench.engine import Engine, settle_heap
 
     engine = Engine()
-    made = []
+    known = {one["arm"]: [(us, base) for us, base in one["pairs"]] for one in before}
     with pinned() as others, receiver(others) as url:
         settle_heap()
-        for arm, target in (
-            ("nothing", ""),
-            ("--otlp", url),
-            ("--otlp, nobody there", "http://127.0.0.1:9"),
-        ):
+        for arm in arms:
             tell(f"streaming: {arm}")
-            made.append(_summary(arm, paired(engine, target, others, pairs)).to_dict())
+            target = url if ARMS[arm] == "URL" else ARMS[arm]
+            known[arm] = known.get(arm, []) + paired(engine, target, others, pairs)
     engine.empty()
-    return made
+    return [_summary(arm, known[arm]).to_dict() for arm in ARMS if arm in known]
 
 
 def _summary(arm: str, pairs: list[tuple[float, float]]) -> Streaming:
@@ -206,7 +215,8 @@ def _summary(arm: str, pairs: list[tuple[float, float]]) -> Streaming:
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     us = statistics.median(us for us, _ in pairs)
     error = (high - low) / 1.35 * 1.25 / len(pairs) ** 0.5  # as in ``overhead``
-    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high, error)
+    kept = [(round(us, 2), round(base, 2)) for us, base in pairs]
+    return Streaming(arm, len(pairs), us, statistics.median(ratios), low, high, error, kept)
 
 
 def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -221,7 +231,7 @@ def measure(quick: bool, tell: Callable[[str], None] = lambda text: None) -> dic
         tell("spans")
         counts = (50_000, 200_000) if quick else (100_000, 1_000_000)
         found = {"spans": spans(made, counts, Path(folder))}
-    return found | {"streaming": streaming(60 if quick else 200, tell)}
+    return found | {"streaming": streaming(60 if quick else 1500, tell)}
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -237,15 +247,29 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
     ]
     for arm in figures["streaming"]:
-        percent = [100 * (arm[key] - 1) for key in ("ratio", "ratio_low", "ratio_high")]
-        text = "{:+.2f} % ({:+.2f} … {:+.2f} %) of a traced step".format(*percent)
-        text += f", error ± {100 * arm['ratio_error']:.2f} %, {arm['rounds']} pairs"
+        text = f"{100 * (arm['ratio'] - 1):+.2f} % of a traced step's CPU time, "
+        text += f"95 % sure to ± {196 * arm['ratio_error']:.2f} %, {arm['rounds']} pairs"
         made.append(
             (f"step: {arm['arm']}", text, "≤ 0.5 %" if "otlp" in arm["arm"] else "the noise")
         )
     return made
 
 
+def main() -> None:
+    """``python -m bench.export_spans [--quick]``, or ``--more ARM PAIRS``: add to what the report has."""
+    if "--more" not in sys.argv:
+        for row in rows(measure("--quick" in sys.argv)):
+            print(" | ".join(row))
+        return
+    from bench.__main__ import ROOT, write_spans
+
+    arm, pairs = sys.argv[sys.argv.index("--more") + 1 :][:2]
+    folder = ROOT / "reports" / "bench"
+    figures = json.loads((folder / "export_spans.json").read_text())
+    before = [one for one in figures["streaming"] if one.get("pairs")]
+    figures["streaming"] = streaming(int(pairs), print, [arm], before)
+    write_spans(figures, folder)
+
+
 if __name__ == "__main__":
-    for row in rows(measure("--quick" in sys.argv)):
-        print(" | ".join(row))
+    main()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from itertools import compress
 from typing import Any
 
-from vllm_trace.events import StepScheduled, StepUpdated
+from vllm_trace.events import SlotsAllocated, StepScheduled, StepUpdated
 from vllm_trace.hooks.table import probe
 from vllm_trace.packing import (
     ALLOCATED,
@@ -22,9 +22,11 @@ from vllm_trace.packing import (
     U64,
     UPDATED,
     pack_grown,
+    pack_taken,
     pack_updated,
 )
 from vllm_trace.recorder import Recorder
+from vllm_trace.tracefile import encoded
 
 # A step is *steady* when every running request decodes one token, as many as in the step before, and
 # nobody finished. Then nobody came either (there would be more) and nobody was preempted (a step that
@@ -67,29 +69,34 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         # After each block that was taken, for whom ``allocate_slots`` took it.
         cached = result.scheduled_cached_reqs
         takers = [*compress(cached.req_ids, cached.new_block_ids)]
+        given = [*filter(None, cached.new_block_ids)]
         left = len(takers)
         for place, taken in enumerate(pending):
             if type(taken) is list and left:
                 block = taken[0].block_id
                 number = numbers[takers[-left]]
-                left -= 1
-                pending[place] = pack_grown(
-                    TAKEN,
-                    block,
-                    ALLOCATED,
-                    number,
-                    U32,
-                    1,
-                    NO_HIT,
-                    block,
-                    NO_HIT_BLOCKS,
-                    free + left,
-                    I16,
-                    -1,
-                )
+                if given[-left] == ([block],):
+                    pending[place] = pack_grown(
+                        TAKEN,
+                        block,
+                        ALLOCATED,
+                        number,
+                        U32,
+                        1,
+                        NO_HIT,
+                        block,
+                        NO_HIT_BLOCKS,
+                        free + left - 1,
+                        I16,
+                        -1,
+                    )
+                else:
+                    other = grown_otherwise(number, given[-left], free + left - 1)
+                    pending[place] = pack_taken(TAKEN, block) + other
                 recorder.num_doubles += 1
-        if left:
-            raise RuntimeError(f"{left} requests have new blocks that were not seen to be taken")
+                left -= 1
+        for name, blocks in zip(takers[len(takers) - left :], given[len(given) - left :]):
+            append(grown_otherwise(numbers[name], blocks, free))  # never seen to be taken
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens
         and recorder.steady_of is self
@@ -125,6 +132,11 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         recorder.flush()
 
 
+def grown_otherwise(number: int, blocks: tuple[list[int], ...], free: int) -> bytes:
+    """``slots.allocated`` of a request that the scheduler gives other blocks than it took: a fault, told as it is."""
+    return encoded(SlotsAllocated(number, 1, 0, [*map(list, blocks)], [], free, -1))
+
+
 def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) -> None:
     """Keep what the next steps are compared with: ``decoding`` requests, one token each; -1 if it is not so."""
     # The last token of a prompt is one token too, and is followed by more.
@@ -141,7 +153,7 @@ def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) ->
 def grows_by_one_block(scheduler: Any) -> bool:
     """Whether a request that decodes takes at most one block, of one table, and gives none back."""
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-    spec = groups[0].kv_cache_spec if len(groups) == 1 else None
+    spec: Any = groups[0].kv_cache_spec if len(groups) == 1 else None
     return (
         type(spec).__name__ == "FullAttentionSpec"
         and not getattr(spec, "sliding_window", None)

@@ -76,7 +76,9 @@ RESPONSE_MODEL = _attribute("gen_ai.response.model", "string", "llm_request", "t
 MAX_TOKENS = _attribute("gen_ai.request.max_tokens", "int", "llm_request", "tokens to generate")
 TEMPERATURE = _attribute("gen_ai.request.temperature", "double", "llm_request", "as sampled with")
 TOP_P = _attribute("gen_ai.request.top_p", "double", "llm_request", "as sampled with")
-TOP_K = _attribute("gen_ai.request.top_k", "int", "llm_request", "as sampled with; none when off")
+TOP_K = _attribute(
+    "gen_ai.request.top_k", "double", "llm_request", "as sampled with; none when off"
+)
 SEED = _attribute("gen_ai.request.seed", "int", "llm_request", "when one was given")
 CHOICES = _attribute("gen_ai.request.choice.count", "int", "llm_request", "`n`, when above 1")
 INPUT_TOKENS = _attribute("gen_ai.usage.input_tokens", "int", "llm_request", "prompt tokens")

@@ -18,7 +18,7 @@ def arrival_facts(arrival: RequestArrived, continued: bool) -> dict[str, Any]:
     for key, name, kind in (
         ("temperature", a.TEMPERATURE, float),
         ("top_p", a.TOP_P, float),
-        ("top_k", a.TOP_K, int),
+        ("top_k", a.TOP_K, float),
         ("seed", a.SEED, int),
     ):
         value = sampling.get(key)

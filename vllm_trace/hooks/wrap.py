@@ -32,7 +32,7 @@ import warnings
 from collections.abc import Callable
 from itertools import count
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 from vllm_trace.errors import HookError
 from vllm_trace.hooks.table import PROVIDED, Probe
@@ -199,7 +199,7 @@ class _Binding(ast.NodeTransformer):
             return ast.copy_location(ast.Constant(thing), node)
         place = frozenset({f"vllm_trace: {node.id}"})
         self.things[place] = thing
-        return ast.copy_location(ast.Constant(place), node)
+        return ast.copy_location(ast.Constant(cast(Any, place)), node)
 
     def put_in(self, code: CodeType) -> CodeType:
         return code.replace(co_consts=tuple(map(self._thing, code.co_consts)))

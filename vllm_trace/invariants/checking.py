@@ -218,23 +218,21 @@ class _Judge:
         return [*{id(engine): engine for engine in self.engines.values()}.values()]
 
     def _engine_of(self, process: int) -> _Engine | None:
-        """Of a process without a scheduler: the engine that it works for, if that is known."""
-        configured = [engine for engine in self._engines() if engine.configured]
-        home = configured[0] if len(configured) == 1 else self._started_by(process)
+        """Of a process without a scheduler: the engine that it works for, if that is known by now."""
+        headers = [file.header for file in getattr(self.trace, "files", ())]
+        own = headers[process] if headers else {}
+        if own.get("role") == "engine" and len(headers) > 1:
+            return None  # its own is still to come
+        places = [(header.get("host"), header.get("pid")) for header in headers]
+        parent = (own.get("host"), own.get("parent"))
+        if parent in places:
+            home = self.engines.get(places.index(parent))
+        else:
+            configured = [engine for engine in self._engines() if engine.configured]
+            home = configured[0] if len(configured) == 1 else None
         if home is not None:
             self.engines[process] = home
         return home
-
-    def _started_by(self, process: int) -> _Engine | None:
-        """Of several engines the one whose process started this one, as its header tells."""
-        headers = [file.header for file in getattr(self.trace, "files", ())]
-        if not headers:
-            return None
-        host, parent = headers[process].get("host"), headers[process].get("parent")
-        for number, header in enumerate(headers):
-            if (header.get("host"), header.get("pid")) == (host, parent):
-                return self.engines.get(number)
-        return None
 
     def _go_on(
         self,

@@ -128,6 +128,8 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         note_composition(recorder, self, scheduled if uniform else -1, free)
     if recorder.kept:
         recorder.kept.clear()
+    if recorder.plans_first:
+        recorder.flush()
 
 
 def grown_otherwise(number: int, blocks: tuple[list[int], ...], free: int) -> bytes:
@@ -211,6 +213,8 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
                 *composition_of_step(recorder, result, self.requests),
             )
         )
+    if recorder.plans_first:
+        recorder.flush()
 
 
 def composition_of_step(rec: Recorder, out: Any, known: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -35,6 +35,7 @@ def engine_configured(rec: Recorder, scheduler: Any, at_ns: int) -> EngineConfig
     config = scheduler.vllm_config
     limits, cache, parallel = config.scheduler_config, config.cache_config, config.parallel_config
     manager = scheduler.kv_cache_manager
+    rec.plans_first = parallel.distributed_executor_backend in ("mp", "ray")
     settings = {
         "model": model_name(str(config.model_config.model)),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),

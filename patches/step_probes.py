@@ -14,6 +14,7 @@ from vllm_trace.events import SlotsAllocated, StepScheduled, StepUpdated
 from vllm_trace.hooks.table import probe
 from vllm_trace.packing import (
     ALLOCATED,
+    CACHED,
     I16,
     NO_HIT,
     NO_HIT_BLOCKS,
@@ -21,7 +22,7 @@ from vllm_trace.packing import (
     U32,
     U64,
     UPDATED,
-    pack_grown,
+    pack_allocated,
     pack_taken,
     pack_updated,
 )
@@ -65,20 +66,17 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
     pending = recorder.pending
     if recorder.planned is not None:
         recorder.spell_out_planned()
-    if seen and pending:
+    cached = result.scheduled_cached_reqs
+    if seen and (pending or any(cached.new_block_ids)):
         # After each block that was taken, for whom ``allocate_slots`` took it.
-        cached = result.scheduled_cached_reqs
         takers = [*compress(cached.req_ids, cached.new_block_ids)]
         given = [*filter(None, cached.new_block_ids)]
         left = len(takers)
         for place, taken in enumerate(pending):
             if type(taken) is list and left:
-                block = taken[0].block_id
-                number = numbers[takers[-left]]
+                block, number = taken[0].block_id, numbers[takers[-left]]
                 if given[-left] == ([block],):
-                    pending[place] = pack_grown(
-                        TAKEN,
-                        block,
+                    told = pack_allocated(
                         ALLOCATED,
                         number,
                         U32,
@@ -91,8 +89,12 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
                         -1,
                     )
                 else:
-                    other = grown_otherwise(number, given[-left], free + left - 1)
-                    pending[place] = pack_taken(TAKEN, block) + other
+                    told = grown_otherwise(number, given[-left], free + left - 1)
+                pending[place] = pack_taken(TAKEN, block)
+                # The call may have filled a block as well, and then told that before it returned.
+                filled = CACHED + number.to_bytes(4, "big")
+                last = place + 1 < len(pending) and type(pending[place + 1]) is bytes
+                pending[place + (last and pending[place + 1].startswith(filled))] += told
                 recorder.num_doubles += 1
                 left -= 1
         for name, blocks in zip(takers[len(takers) - left :], given[len(given) - left :]):
@@ -128,6 +130,8 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         note_composition(recorder, self, scheduled if uniform else -1, free)
     if recorder.kept:
         recorder.kept.clear()
+    if recorder.plans_first:
+        recorder.flush()
 
 
 def grown_otherwise(number: int, blocks: tuple[list[int], ...], free: int) -> bytes:
@@ -211,6 +215,8 @@ def schedule_light(append, recorder, next_step, result, started, ended, self):
                 *composition_of_step(recorder, result, self.requests),
             )
         )
+    if recorder.plans_first:
+        recorder.flush()
 
 
 def composition_of_step(rec: Recorder, out: Any, known: Mapping[str, Any]) -> tuple[Any, ...]:

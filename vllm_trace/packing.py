@@ -52,9 +52,6 @@ NO_HIT = bytes([0, _ONE, _ONE, U32])
 NO_HIT_BLOCKS = bytes([_LIST, U32])
 pack_allocated = Struct(">3sIBI4sI2sIBh").pack
 
-#: Both, of a request that decodes: TAKEN, block, and the values of ``slots.allocated``
-pack_grown = Struct(">4sI3sIBI4sI2sIBh").pack
-
 #: ``step.scheduled`` without composition: SCHEDULED, step, U64, started, U64, dur, U32, running, U32, waiting,
 #: U32, free, I16, kept
 SCHEDULED = _head(StepScheduled, 7, U32)

@@ -68,6 +68,7 @@ class Recorder:
         "__dict__", "__weakref__", "may_sleep", "steady", "steady_of", "tight", "quiet",
         "pending", "planned", "planned_of", "planned_at", "num_doubles", "steady_need", "kept",
         "with_tokens", "write_steady_step", "write_steady_step_alone",
+        "plans_first",
     )  # fmt: skip
 
     def __init__(self, options: Options) -> None:
@@ -106,6 +107,8 @@ class Recorder:
         self.write_steady_step_alone: Callable[..., bool] = _cannot_write
         """The writer's own methods while its file is open: a call less in each step."""
         self.with_tokens = options.tokens
+        self.plans_first = False
+        """Workers are other processes: what they execute must be written by then, whoever is killed."""
         self.rank = 0
         self.notes: dict[str, Any] = {}
         """More for the header, set before the first event: versions, hooks and their state."""

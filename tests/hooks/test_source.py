@@ -1,5 +1,6 @@
 """A vLLM's source is read where it lies; nothing of it is imported."""
 
+import ast
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from fakes.engine import unpack
 
 from vllm_trace.errors import UsageError
+from vllm_trace.hooks import source as module
 from vllm_trace.hooks.source import Definition, VllmSource
 
 POOL = "vllm.v1.core.block_pool"
@@ -110,3 +112,79 @@ def test_a_fingerprint_does_not_change_when_a_function_is_moved_deeper(tmp_path)
     found = [source.find("vllm.v1.core.calls", "Calls.fails") for source in (a, b)]
     assert found[0].line != found[1].line
     assert found[0].fingerprint == found[1].fingerprint
+
+
+TRICKY = '''
+class Before:
+    def plain(self):
+        return 0
+
+
+class Owner(Before):
+    """A string with a line at the margin:
+def inner(self): pass
+"""
+
+    def plain(self, a, *, b=1):
+        """Text
+at the margin."""
+        # a comment
+    # one that stands too far left
+        return a + b
+
+    @property
+    def decorated(self):
+        return (
+            1
+        )
+    # not part of it
+
+    async def waits(
+        self,
+        more: int = 3,
+    ) -> int:
+        def plain(self):
+            return more
+        return plain(self)
+
+    if True:
+        def deeper(self): ...
+
+    def twice(self): ...
+    def twice(self, again): ...
+
+
+def free(x):
+    return x
+last = free
+'''
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Owner.plain", "Owner.decorated", "Owner.waits", "Owner.deeper", "Owner.twice", "Before.plain", "free"],
+)  # fmt: skip
+def test_what_stands_plainly_is_found_without_a_parser_and_is_what_a_parser_finds(
+    tmp_path, monkeypatch, name
+):
+    package = unpack(tmp_path)
+    (package / "v1" / "core" / "tricky.py").write_text(TRICKY)
+    source = VllmSource.at(package)
+    found = source.find("vllm.v1.core.tricky", name)
+    monkeypatch.setattr(module, "_quickly", lambda path, qualname: None)
+    source.forget()
+    assert source.find("vllm.v1.core.tricky", name) == found
+    assert isinstance(found, Definition)
+
+
+def test_of_a_real_vllm_both_ways_find_the_same():
+    source = VllmSource.installed()
+    if source is None:
+        pytest.skip("vLLM is not installed")
+    path = source.folder / "v1" / "core" / "sched" / "scheduler.py"
+    (owner,) = [
+        n for n in ast.parse(path.read_text()).body if getattr(n, "name", "") == "Scheduler"
+    ]
+    nodes = [node for node in owner.body if isinstance(node, module.FunctionNode)]
+    quick = [module._quickly(path, f"Scheduler.{node.name}") for node in nodes]
+    assert [module._definition(path, node) for node in nodes] == quick

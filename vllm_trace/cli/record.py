@@ -16,7 +16,11 @@ def add(verb: AddVerb) -> None:
         "record -- vllm serve MODEL --port 8000",
     )  # fmt: skip
     recording_flags(record)
-    record.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    record.add_argument(
+        "command",
+        nargs=argparse.REMAINDER,
+        help="-- and the command; its exit code is returned, or 1 when that is 0 and spans for --otlp were lost",
+    )
 
 
 def _record(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,9 @@ class VllmSource:
         path = self.path_of(module)
         if path is None:
             return f"no module {module}"
+        quick = _quickly(path, qualname)
+        if quick is not None:
+            return quick
         tree = _parse(path)
         owner, _, name = qualname.rpartition(".")
         body: list[ast.stmt] = tree.body
@@ -84,6 +87,7 @@ class VllmSource:
     def forget() -> None:
         """Let go of the syntax trees: half a million objects that every collection would visit."""
         _parse.cache_clear()
+        _lines.cache_clear()
 
     def path_of(self, module: str) -> Path | None:
         parts = module.split(".")[1:]
@@ -127,14 +131,54 @@ def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _definition(path: Path, node: FunctionNode) -> Definition:
-    lines = path.read_text(encoding="utf-8").splitlines()[node.lineno - 1 : node.end_lineno]
+@cache
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _quickly(path: Path, qualname: str) -> Definition | None:
+    """The definition where it stands plainly in its class or file; None when only a parser can tell.
+
+    Of a file with thousands of lines only the function is parsed: a second of the engine's start.
+    """
+    lines = _lines(path)
+    owner, _, name = qualname.rpartition(".")
+    begin, end, indent = 0, len(lines), ""
+    if owner:
+        classes = [n for n, line in enumerate(lines) if re.match(rf"class {owner}\b", line)]
+        if len(classes) != 1:
+            return None
+        begin, indent = classes[0] + 1, "    "
+        end = _next_statement(lines, begin, "")
+    head = re.compile(rf"{indent}(async )?def {name}\(")
+    heads = [n for n in range(begin, end) if head.match(lines[n])]
+    elsewhere = re.compile(rf"\s*(async )?def {name}\(")
+    if len(heads) != 1 or sum(bool(elsewhere.match(line)) for line in lines[begin:end]) != 1:
+        return None
+    last = min(end, _next_statement(lines, heads[0] + 1, indent))
+    try:
+        (node,) = ast.parse(textwrap.dedent("\n".join(lines[heads[0] : last]))).body
+    except (SyntaxError, ValueError):  # the cut went through a string, or found two
+        return None
+    return _definition(path, node, heads[0]) if isinstance(node, FunctionNode) else None
+
+
+def _next_statement(lines: list[str], begin: int, indent: str) -> int:
+    """The line after ``begin`` where a statement begins that is not deeper than ``indent``."""
+    start = re.compile(r"[A-Za-z_@]" if not indent else rf"({indent})?[A-Za-z_@]")
+    return next((n for n in range(begin, len(lines)) if start.match(lines[n])), len(lines))
+
+
+def _definition(path: Path, node: FunctionNode, above: int = 0) -> Definition:
+    """``above``: lines of the file above what was parsed."""
+    assert node.end_lineno is not None
+    lines = _lines(path)[above + node.lineno - 1 : above + node.end_lineno]
     text = textwrap.dedent("\n".join(lines))
     spec = node.args
     names = [a.arg for a in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
     return Definition(
         path=path,
-        line=node.lineno,
+        line=above + node.lineno,
         parameters=tuple(names),
         fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
     )

@@ -1,5 +1,6 @@
 """A wrapper is the function that it wraps, for everybody who calls it or looks at it."""
 
+import functools
 import inspect
 import traceback
 
@@ -320,3 +321,23 @@ def test_a_parameter_that_this_release_does_not_have_stands_for_what_the_probe_s
     fake.install(hook(f"{POOL}.get_new_blocks", read))
     fake.cls("BlockPool")(8).get_new_blocks(2)
     assert [BlocksTaken([2, 7, 0, 1])] == list(fake.events())
+
+
+def test_defaults_under_a_decorator_are_those_of_the_signature(fake):
+    """As with ``torch.inference_mode``: what is hooked takes ``*args`` itself and has no default of its own."""
+    cls = fake.cls("Calls")
+    inner = cls.keyword_only
+
+    @functools.wraps(inner)
+    def decorated(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    cls.keyword_only = decorated
+    expected = [outcome(decorated, (cls(), *args), kwargs) for args, kwargs in ARGUMENTS]
+    fake.install(hook(f"{CALLS}.keyword_only", Probe(silent)))
+    assert cls.keyword_only is not decorated
+    found = [outcome(cls.keyword_only, (cls(), *args), kwargs) for args, kwargs in ARGUMENTS]
+    assert [one for one in expected if type(one[0]) is not type] == [
+        one for one in found if type(one[0]) is not type
+    ]
+    assert inspect.signature(cls.keyword_only) == inspect.signature(inner)

@@ -90,8 +90,11 @@ def make_wrapper(
         lines += ["    _flush()"]
     lines += ["    return result"]
     code = _compile(own_name, "\n".join(lines) + "\n", namespace)
-    wrapper = FunctionType(code, original.__globals__, own_name, original.__defaults__)
-    wrapper.__kwdefaults__ = original.__kwdefaults__
+    # Of the signature, not of the original: a decorated function has none of its own.
+    given = [p for p in signature.parameters.values() if p.default is not p.empty]
+    defaults = tuple(p.default for p in given if p.kind is not p.KEYWORD_ONLY)
+    wrapper = FunctionType(code, original.__globals__, own_name, defaults)
+    wrapper.__kwdefaults__ = {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY}
     functools.update_wrapper(wrapper, original)
     if probe.sleeps and original.__closure__ is None:  # codes with and without cannot take turns
         recorder.sleepers[probe.name] = (wrapper, original.__code__, code)

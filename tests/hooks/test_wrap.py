@@ -320,3 +320,22 @@ def test_a_parameter_that_this_release_does_not_have_stands_for_what_the_probe_s
     fake.install(hook(f"{POOL}.get_new_blocks", read))
     fake.cls("BlockPool")(8).get_new_blocks(2)
     assert [BlocksTaken([2, 7, 0, 1])] == list(fake.events())
+
+
+def test_a_hook_that_sleeps_is_the_original_to_the_last_instruction(fake):
+    @probe(sleeps=True)
+    def get_new_blocks(append, result):
+        append(BlocksTaken(result))
+
+    original = fake.cls("BlockPool").get_new_blocks
+    fake.install(hook(f"{POOL}.get_new_blocks", get_new_blocks))
+    wrapper, pool = fake.cls("BlockPool").get_new_blocks, fake.cls("BlockPool")(8)
+    function, asleep, awake = fake.recorder.sleepers["get_new_blocks"]
+    assert function is wrapper and original is not wrapper
+    pool.get_new_blocks(1)
+    function.__code__ = asleep
+    assert original.__code__ is wrapper.__code__
+    pool.get_new_blocks(2)
+    function.__code__ = awake
+    pool.get_new_blocks(num_blocks=1)
+    assert [BlocksTaken([0]), BlocksTaken([3])] == fake.events()

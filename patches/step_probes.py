@@ -22,12 +22,12 @@ from vllm_trace.packing import (
     U32,
     U64,
     UPDATED,
+    encoded,
     pack_allocated,
     pack_taken,
     pack_updated,
 )
 from vllm_trace.recorder import Recorder
-from vllm_trace.tracefile import encoded
 
 # A step is *steady* when every running request decodes one token, as many as in the step before, and
 # nobody finished. Then nobody came either (there would be more) and nobody was preempted (a step that

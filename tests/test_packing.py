@@ -1,11 +1,15 @@
 """What is packed by hand is read as the very event, for every value that fits."""
 
+import tempfile
+from pathlib import Path
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_trace import packing as p
 from vllm_trace.events import (
+    SCHEMA_VERSION,
     AnyEvent,
     BlocksCached,
     BlocksTaken,
@@ -13,6 +17,7 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.tracefile import TraceFile, TraceWriter
 
 decode = msgspec.msgpack.Decoder(AnyEvent).decode
 u32 = st.integers(0, 2**32 - 1)
@@ -67,3 +72,56 @@ def test_a_step_in_which_each_got_one_token(step, started, dur):
 @given(st.integers(0, 70_000))
 def test_the_head_of_a_list(length):
     assert [None] * length == msgspec.msgpack.decode(p.list_head(length) + b"\xc0" * length)
+
+
+@given(u32, u32, u32, u32)
+def test_a_block_that_a_request_that_decodes_took_and_got(request, tokens, block, free):
+    packed = p.pack_grown(
+        p.TAKEN, block, p.ALLOCATED, request, p.U32, tokens, p.NO_HIT, block, p.NO_HIT_BLOCKS,
+        free, p.I16, -1,
+    )  # fmt: skip
+    expected = [BlocksTaken([block]), SlotsAllocated(request, tokens, 0, [[block]], [], free, -1)]
+    assert expected == msgspec.msgpack.decode(p.list_head(2) + packed, type=list[AnyEvent])
+
+
+numbers = st.integers(0, 2**33)
+plans = st.tuples(numbers, u64, numbers, numbers, numbers, numbers, st.integers(-1, 200))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            plans, u64, numbers, st.lists(u32, max_size=16), st.integers(0, 2), st.booleans()
+        ),
+        max_size=12,
+    ),
+    st.integers(300, 900),
+)
+def test_a_step_written_in_one_piece_is_what_its_events_are(steps, tail_size):
+    """Or it says that it does not fit, has changed nothing, and they are written as ever."""
+    expected = []
+    with tempfile.TemporaryDirectory() as folder:
+        header = {"schema": SCHEMA_VERSION, "level": "light"}
+        writer = TraceWriter(Path(folder) / "main-1.vtrace", header, tail_size=tail_size)
+        for plan, started, dur, blocks, num_doubles, alone in steps:
+            num_doubles = min(num_doubles, len(blocks))
+            before = [p.pack_taken(p.TAKEN, block) for block in blocks]
+            before = [*(one * 2 for one in before[:num_doubles]), *before[num_doubles:]]
+            if alone:
+                blocks, num_doubles, plan = [], 0, (*plan[:-1], 0)
+                written = writer.write_steady_step_alone(plan[:-1], started, dur)
+            else:
+                written = writer.write_steady_step(plan, started, dur, before, num_doubles)
+            taken = [b for n, b in enumerate(blocks) for _ in range(1 + (n < num_doubles))]
+            events = [*(BlocksTaken([block]) for block in taken)]
+            events += [StepScheduled(*plan, [], []), StepUpdated(plan[0], started, dur)]
+            if not written:
+                writer.write(events)
+            # A reader puts in what -1 stands for: nobody is in these steps.
+            events[-2] = StepScheduled(*plan[:-1], max(plan[-1], 0), [], [])
+            expected += events
+        assert expected == [*TraceFile(writer.path).events()], "before it is closed"
+        writer.close({"dropped": 0, "failures": {}})
+        file = TraceFile(writer.path)
+        assert expected == [*file.events()]
+        assert (len(expected), "") == (file.footer["num_events"], file.truncated)

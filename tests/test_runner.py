@@ -58,13 +58,13 @@ def test_output_goes_to_a_file_that_of_children_too(tmp_path):
 
 def test_collections_are_put_off_and_come_back():
     collect = gc.collect
-    with runner._no_gc():
+    with runner.no_gc():
         assert not gc.isenabled()
         assert 0 == gc.collect()
         assert gc.collect is not collect
     assert gc.isenabled()
     assert gc.collect is collect
-    with pytest.raises(ZeroDivisionError), runner._no_gc():
+    with pytest.raises(ZeroDivisionError), runner.no_gc():
         1 / 0  # noqa: B018
     assert gc.collect is collect
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from struct import Struct
 
+import msgspec
+
 from vllm_trace.events import (
     BlocksCached,
     BlocksTaken,
@@ -68,3 +70,11 @@ LIST_HEADS = [bytes([_LIST + n]) for n in range(16)]
 def list_head(length: int) -> bytes:
     """What a MessagePack list begins with."""
     return LIST_HEADS[length] if length < 16 else b"\xdd" + length.to_bytes(4, "big")
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def encoded(event: Event | bytes) -> bytes:
+    """The MessagePack of an event; one that was made as bytes is it already."""
+    return event if type(event) is bytes else _encode(event)

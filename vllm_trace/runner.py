@@ -84,7 +84,7 @@ def start_engine(
     """
     os.environ |= quiet_environment()
     try:
-        with _no_gc(), interrupts_wait():
+        with no_gc(), interrupts_wait():
             from vllm import LLM
             from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
@@ -93,7 +93,8 @@ def start_engine(
         ) from error
     from vllm_trace.hooks import register
 
-    register()
+    with no_gc(), interrupts_wait():  # it imports what it hooks
+        register()
     if attention != "engine":
         from vllm_trace.backend import register_backend
 
@@ -114,7 +115,7 @@ def start_engine(
         # Several workers on one NUMA node: vLLM wants to be told that this is meant.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
-        with _no_gc():
+        with no_gc():
             llm = LLM(**arguments)
     except UsageError:
         raise  # of our attention, that it cannot do this
@@ -198,7 +199,7 @@ def run_workload(llm: Any, scenario: Scenario) -> Outcome:
 
 def stop_engine(llm: Any) -> None:
     """Shut the engine and its processes down; their traces can be closed then."""
-    with _no_gc():
+    with no_gc():
         try:
             llm.llm_engine.engine_core.shutdown()
         except AttributeError as error:
@@ -324,7 +325,7 @@ def interrupts_wait() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
     """No collection inside, nor any that vLLM asks for: each goes through a million objects of
     torch's and vLLM's modules, and starting and stopping an engine asks for seven."""
     enabled, collect = gc.isenabled(), gc.collect

@@ -47,7 +47,7 @@ from vllm_trace.events import (
     StepUpdated,
     tag_of,
 )
-from vllm_trace.packing import list_head
+from vllm_trace.packing import encoded, list_head
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
@@ -77,16 +77,10 @@ _STEADY_MIDDLES = {
     kept: bytes([kept & 0xFF, 0x94, tag_of(StepUpdated), 0xCE]) for kept in range(-1, 128)
 }
 
-_encode = msgspec.msgpack.Encoder().encode
 decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
-def encoded(event: Event | bytes) -> bytes:
-    """The MessagePack of an event; one that was made as bytes is it already."""
-    return event if type(event) is bytes else _encode(event)
 
 
 class TraceWriter:

@@ -363,7 +363,7 @@ def on_vllm(name, monkeypatch, rounds, max_tokens=40, blocks=64, max_model_len=5
         block_size=32,
         num_gpu_blocks_override=blocks,
         max_model_len=max_model_len,
-        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=256 << 20,
         enforce_eager=True,
         use_tqdm_on_load=False,
         seed=0,

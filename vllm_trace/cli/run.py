@@ -139,7 +139,7 @@ def _drive(
 def _copy_rate(engine_args: dict[str, Any]) -> int:
     """What a copy moves on this device, for the share that kernels reach of it; 0: not known."""
     from vllm_trace.backend.copy_rate import measure, measure_apart
-    from vllm_trace.runner import interrupts_wait
+    from vllm_trace.runner import interrupts_wait, no_gc
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # An engine in other processes must not find CUDA in use here: it may be forked.
@@ -147,7 +147,7 @@ def _copy_rate(engine_args: dict[str, Any]) -> int:
     try:
         if apart or int(engine_args.get("tensor_parallel_size", 1)) > 1:
             return measure_apart()
-        with interrupts_wait():
+        with no_gc(), interrupts_wait():
             import torch  # noqa: F401
         return measure()
     except (ImportError, ValueError):

@@ -20,7 +20,7 @@ ROOMS = {
     "errors": ([], []),
     "documents": ([], []),
     "options": (["errors"], []),
-    "packing": (["events"], []),
+    "packing": (["events"], ["msgspec"]),
     "tracefile": (["errors", "events", "packing"], ["msgspec", "zstandard"]),
     "recorder": (["__init__", "events", "options", "packing", "tracefile"], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),

@@ -74,16 +74,6 @@ def test_the_head_of_a_list(length):
     assert [None] * length == msgspec.msgpack.decode(p.list_head(length) + b"\xc0" * length)
 
 
-@given(u32, u32, u32, u32)
-def test_a_block_that_a_request_that_decodes_took_and_got(request, tokens, block, free):
-    packed = p.pack_grown(
-        p.TAKEN, block, p.ALLOCATED, request, p.U32, tokens, p.NO_HIT, block, p.NO_HIT_BLOCKS,
-        free, p.I16, -1,
-    )  # fmt: skip
-    expected = [BlocksTaken([block]), SlotsAllocated(request, tokens, 0, [[block]], [], free, -1)]
-    assert expected == msgspec.msgpack.decode(p.list_head(2) + packed, type=list[AnyEvent])
-
-
 numbers = st.integers(0, 2**33)
 plans = st.tuples(numbers, u64, numbers, numbers, numbers, numbers, st.integers(-1, 200))
 

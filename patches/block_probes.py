@@ -90,7 +90,6 @@ def prefix_looked_up(
         "reserved_blocks": 0,
         "has_scheduled_reqs": False,
     },
-    sleeps=True,
 )
 def allocate_slots(
     append,
@@ -244,10 +243,8 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 
 
 @probe()
-def get_new_blocks(append, recorder, num_blocks, result):
-    if recorder.quiet and num_blocks == 1:
-        append(result)  # `schedule` replaces it, when it knows whose it is
-    elif num_blocks == 1:
+def get_new_blocks(append, num_blocks, result):
+    if num_blocks == 1:
         append(pack_taken(TAKEN, result[0].block_id))
     else:
         append(BlocksTaken([*map(id_of, result)]))

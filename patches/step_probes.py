@@ -1,30 +1,19 @@
 """What is read of a step: its plan, when ``schedule`` returns, and its outcome.
 
-A *steady* step is like the one before, and its two events are written in one piece. In a *quiet* one
-``allocate_slots`` need not be watched. How probes work: ``scheduler_probes``.
+A *steady* step is like the one before, and its two events are written in one piece.
+How probes work: ``scheduler_probes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import compress
 from typing import Any
 
-from vllm_trace.events import SlotsAllocated, StepScheduled, StepUpdated
+from vllm_trace.events import StepScheduled, StepUpdated
 from vllm_trace.hooks.table import probe
 from vllm_trace.packing import (
-    ALLOCATED,
-    CACHED,
-    I16,
-    NO_HIT,
-    NO_HIT_BLOCKS,
-    TAKEN,
-    U32,
     U64,
     UPDATED,
-    encoded,
-    pack_allocated,
-    pack_taken,
     pack_updated,
 )
 from vllm_trace.recorder import Recorder
@@ -40,65 +29,14 @@ from vllm_trace.recorder import Recorder
 # one that begins with fewer free blocks than it could ask for (``recorder.tight``).
 
 
-# A step is *quiet* when whoever is there decodes, nobody waits, and the pool cannot run short. Then no
-# call of ``allocate_slots`` is refused and most change nothing, so it sleeps: thirty wrapped calls
-# less. What was taken is still seen where it is taken, and whom it went to is what the scheduler tells
-# the workers (``new_block_ids``).
-
-
-def _fall_asleep(self, recorder):
-    quiet = (
-        recorder.may_sleep
-        and len(self.running) == len(self.requests) <= recorder.steady
-        and not recorder.tight
-        and recorder.steady_of is self
-    )
-    if quiet is not recorder.quiet:
-        recorder.set_quiet(quiet)
-    return quiet
-
-
-@probe(before=_fall_asleep)
-def schedule(append, recorder, numbers, next_step, seen, result, started, ended, self):
+@probe()
+def schedule(append, recorder, next_step, result, started, ended, self):
     result.vtrace_step = step = next_step()
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     pending = recorder.pending
     if recorder.planned is not None:
         recorder.spell_out_planned()
-    cached = result.scheduled_cached_reqs
-    if seen and (pending or any(cached.new_block_ids)):
-        # After each block that was taken, for whom ``allocate_slots`` took it.
-        takers = [*compress(cached.req_ids, cached.new_block_ids)]
-        given = [*filter(None, cached.new_block_ids)]
-        left = len(takers)
-        for place, taken in enumerate(pending):
-            if type(taken) is list and left:
-                block, number = taken[0].block_id, numbers[takers[-left]]
-                if given[-left] == ([block],):
-                    told = pack_allocated(
-                        ALLOCATED,
-                        number,
-                        U32,
-                        1,
-                        NO_HIT,
-                        block,
-                        NO_HIT_BLOCKS,
-                        free + left - 1,
-                        I16,
-                        -1,
-                    )
-                else:
-                    told = grown_otherwise(number, given[-left], free + left - 1)
-                pending[place] = pack_taken(TAKEN, block)
-                # The call may have filled a block as well, and then told that before it returned.
-                filled = CACHED + number.to_bytes(4, "big")
-                last = place + 1 < len(pending) and type(pending[place + 1]) is bytes
-                pending[place + (last and pending[place + 1].startswith(filled))] += told
-                recorder.num_doubles += 1
-                left -= 1
-        for name, blocks in zip(takers[len(takers) - left :], given[len(given) - left :]):
-            append(grown_otherwise(numbers[name], blocks, free))  # never seen to be taken
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens
         and recorder.steady_of is self
@@ -134,11 +72,6 @@ def schedule(append, recorder, numbers, next_step, seen, result, started, ended,
         recorder.flush()
 
 
-def grown_otherwise(number: int, blocks: tuple[list[int], ...], free: int) -> bytes:
-    """``slots.allocated`` of a request that the scheduler gives other blocks than it took: a fault, told as it is."""
-    return encoded(SlotsAllocated(number, 1, 0, [*map(list, blocks)], [], free, -1))
-
-
 def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) -> None:
     """Keep what the next steps are compared with: ``decoding`` requests, one token each; -1 if it is not so."""
     # The last token of a prompt is one token too, and is followed by more.
@@ -147,23 +80,6 @@ def note_composition(rec: Recorder, scheduler: Any, decoding: int, free: int) ->
     rec.steady, rec.steady_of = decoding, scheduler
     rec.steady_need, need = blocks_a_step_may_need(scheduler)
     rec.tight = free < (need if decoding < 0 else rec.steady_need)
-    rec.may_sleep = (
-        decoding > 0 and "allocate_slots" in rec.sleepers and grows_by_one_block(scheduler)
-    )
-
-
-def grows_by_one_block(scheduler: Any) -> bool:
-    """Whether a request that decodes takes at most one block, of one table, and gives none back."""
-    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-    spec: Any = groups[0].kv_cache_spec if len(groups) == 1 else None
-    return (
-        type(spec).__name__ == "FullAttentionSpec"
-        and not getattr(spec, "sliding_window", None)
-        and spec.block_size > 1
-        and not scheduler.num_lookahead_tokens
-        and not getattr(scheduler, "num_spec_tokens", 0)
-        and scheduler.connector is None
-    )
 
 
 def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
@@ -264,14 +180,11 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
         recorder.planned_of is scheduler_output
         and one_each
         and len(pending) == recorder.planned_at
-        and recorder.write_steady_step(
-            recorder.planned, started, ended - started, pending, recorder.num_doubles
-        )
+        and recorder.write_steady_step(recorder.planned, started, ended - started, pending)
     ):
         recorder.planned = recorder.planned_of = None
         if pending:
             pending.clear()
-            recorder.num_doubles = 0
     else:
         step = getattr(scheduler_output, "vtrace_step", 0)
         if one_each:

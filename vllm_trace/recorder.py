@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from multiprocessing import current_process, util
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
 from vllm_trace.events import (
     SCHEMA_VERSION,
-    BlocksTaken,
     Event,
     ProbeFailed,
     RequestSeen,
@@ -65,8 +63,8 @@ class Recorder:
 
     # What each step looks at lies together; a class with as many attributes has a slow dictionary.
     __slots__ = (
-        "__dict__", "__weakref__", "may_sleep", "steady", "steady_of", "tight", "quiet",
-        "pending", "planned", "planned_of", "planned_at", "num_doubles", "steady_need", "kept",
+        "__dict__", "__weakref__", "steady", "steady_of", "tight",
+        "pending", "planned", "planned_of", "planned_at", "steady_need", "kept",
         "with_tokens", "write_steady_step", "write_steady_step_alone",
         "plans_first",
     )  # fmt: skip
@@ -89,14 +87,6 @@ class Recorder:
         """How many requests decode in the steady steps that are going on; -1 when none are."""
         self.steady_of: Any = None
         """The scheduler whose steps those are."""
-        self.may_sleep = False
-        """Its calls of ``allocate_slots`` can be told from what it returns, see ``patches/step_probes.py``."""
-        self.quiet = False
-        """A step is being scheduled in which ``allocate_slots`` sleeps."""
-        self.num_doubles = 0
-        """How many of ``pending`` are two events each."""
-        self.sleepers: dict[str, tuple[FunctionType, CodeType, CodeType]] = {}
-        """Hooks that can sleep, by the name of their probe: the function, its code asleep and awake."""
         self.planned: tuple[int, ...] | None = None
         """Fields of the ``step.scheduled`` of a steady step that is on its way."""
         self.planned_of: Any = None
@@ -151,19 +141,8 @@ class Recorder:
         self.numbers.clear()
         self._finished.clear()
         self.steady, self.planned, self.planned_of, self.tight = -1, None, None, True
-        self.num_doubles = 0
-        if self.quiet:
-            self.set_quiet(False)
         self.state.clear()
         self.waiting.clear()
-
-    # Hooks that sleep -----------------------------------------------------------------
-
-    def set_quiet(self, quiet: bool) -> None:
-        """Have ``allocate_slots`` run as if it were not hooked, or watch it again."""
-        function, asleep, awake = self.sleepers["allocate_slots"]
-        function.__code__ = asleep if quiet else awake
-        self.quiet = quiet
 
     # Requests -------------------------------------------------------------------------
 
@@ -260,21 +239,20 @@ class Recorder:
             if self._plain or self._prepare():
                 writer = self.writer
                 assert writer is not None
-                number = len(pending) + self.num_doubles
+                number = len(pending)
                 try:
                     data = b"".join(pending)
                 except TypeError:  # not only bytes
-                    data = b"".join(map(_encoded, pending))
+                    data = b"".join(map(encoded, pending))
                 writer.write_encoded(list_head(number) + data, number)
                 if writer.failure:
                     self._tell_failure()
         except Exception as error:
             failed = error
             if self.writer is not None:
-                self.writer.dropped += len(pending) + self.num_doubles
+                self.writer.dropped += len(pending)
         finally:
             pending.clear()
-            self.num_doubles = 0
         if failed is not None:
             self.probe_failed("the recorder's flush", failed)
 
@@ -389,12 +367,6 @@ class Recorder:
             # A closed stderr is no reason to raise in a hooked call.
             with contextlib.suppress(Exception):
                 print(f"vllm-trace: {message}", file=sys.stderr, flush=True)
-
-
-def _encoded(item: Any) -> bytes:
-    if type(item) is list:  # taken in a quiet step that was cut off, or nobody was given it
-        return encoded(BlocksTaken([block.block_id for block in item]))
-    return encoded(item)
 
 
 def _cannot_write(*values: Any) -> bool:

@@ -157,7 +157,6 @@ class TraceWriter:
         started_ns: int,
         dur_ns: int,
         before: list[bytes],
-        num_doubles: int,
         *,
         put: Callable[..., None] = _STEADY.pack_into,
         size: int = _STEADY.size,
@@ -168,12 +167,11 @@ class TraceWriter:
         """Add a batch of events, a ``step.scheduled`` like the last one, and its ``step.updated``.
 
         ``planned``: step, started, duration, running, waiting, free, silent calls. The same bytes as
-        ``write`` would store but for the width of the numbers, made in place. ``num_doubles`` of
-        ``before`` are two events each. False when it does not fit, or they are not all bytes; the
-        caller takes the long way then.
+        ``write`` would store but for the width of the numbers, made in place. False when it
+        does not fit, or ``before`` is not all bytes; the caller takes the long way then.
         """
         step, at, dur, running, waiting, free, kept = planned
-        number = len(before) + num_doubles + 2
+        number = len(before) + 2
         tail, begin = self._tail, self._used + 5
         try:
             data = b"".join(before)

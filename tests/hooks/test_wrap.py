@@ -341,22 +341,3 @@ def test_defaults_under_a_decorator_are_those_of_the_signature(fake):
         one for one in found if type(one[0]) is not type
     ]
     assert inspect.signature(cls.keyword_only) == inspect.signature(inner)
-
-
-def test_a_hook_that_sleeps_is_the_original_to_the_last_instruction(fake):
-    @probe(sleeps=True)
-    def get_new_blocks(append, result):
-        append(BlocksTaken(result))
-
-    original = fake.cls("BlockPool").get_new_blocks
-    fake.install(hook(f"{POOL}.get_new_blocks", get_new_blocks))
-    wrapper, pool = fake.cls("BlockPool").get_new_blocks, fake.cls("BlockPool")(8)
-    function, asleep, awake = fake.recorder.sleepers["get_new_blocks"]
-    assert function is wrapper and original is not wrapper
-    pool.get_new_blocks(1)
-    function.__code__ = asleep
-    assert original.__code__ is wrapper.__code__
-    pool.get_new_blocks(2)
-    function.__code__ = awake
-    pool.get_new_blocks(num_blocks=1)
-    assert [BlocksTaken([0]), BlocksTaken([3])] == fake.events()

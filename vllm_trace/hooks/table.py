@@ -46,8 +46,6 @@ class Probe:
     """Parameters that some releases do not have, and what they stand for there."""
     flush: bool = False
     """The call ends a step: the recorder writes what is pending."""
-    sleeps: bool = False
-    """``recorder.sleep`` may have the hooked function run as if it were not hooked."""
 
     @property
     def name(self) -> str:

@@ -18,7 +18,16 @@ import pyarrow.parquet as pq
 
 from vllm_trace import __version__
 from vllm_trace.events import EVENT_TYPES, SCHEMA_VERSION, Event
-from vllm_trace.export import Exported, ExportOptions, columns, exporter, lives, steps, tenancies
+from vllm_trace.export import (
+    Exported,
+    ExportOptions,
+    columns,
+    exporter,
+    holding,
+    lives,
+    steps,
+    tenancies,
+)
 from vllm_trace.export.tables import SCHEMAS, TRACE, table_name
 from vllm_trace.trace import Trace
 
@@ -184,17 +193,17 @@ def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], dict[s
             from vllm_trace.export import compiled
 
             found = compiled if len(trace.files) == 1 else columns
-            return found.chunks(trace, tokens), _makers(trace, compiled.fold, compiled.live)
-    return columns.chunks(trace, tokens), _makers(trace, tenancies.fold, lives.fold)
+            return found.chunks(trace, tokens), _makers(trace, compiled)
+    return columns.chunks(trace, tokens), _makers(trace)
 
 
-def _makers(trace: Trace, fold: Any, live: Any) -> dict[str, Any]:
+def _makers(trace: Trace, compiled: Any = None) -> dict[str, Any]:
     # No file of level light has outputs.
     answers = any(file.header.get("level") != "light" for file in trace.files)
     return {
-        "blocks": tenancies.Tenancies(fold),
-        "steps": steps.Steps(),
-        "requests": lives.Lives(live, answers),
+        "blocks": tenancies.Tenancies(compiled.fold if compiled else holding.fold),
+        "steps": steps.Steps(compiled.count_tokens if compiled else steps.count_tokens),
+        "requests": lives.Lives(compiled.live if compiled else lives.fold, answers),
     }
 
 

@@ -8,10 +8,10 @@ in memory is those rows and not the trace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vllm_trace.events import (
     AttentionPlanned,
@@ -24,13 +24,11 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.export.arrays import NONE, nullable, numbers, own_parts, own_parts_of_map, parts
 from vllm_trace.export.columns import Chunk
 
 LATER = 65_536
 """Events after which nothing more is heard of a step, or of a request that has finished."""
-
-NONE = np.iinfo(np.int64).min
-"""Stands for null in arrays of numbers."""
 
 NAMES = (
     "number", "process", "step", "at_ns", "schedule_ns", "execute_ns", "forward_ns", "sample_ns",
@@ -51,27 +49,41 @@ COUNTED: dict[str, type[Event]] = {
 """What happens inside ``schedule`` stands before its event."""
 
 
-def numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """A column; ``NONE`` for null."""
-    column = batch[name]
-    return (pc.fill_null(column, NONE) if column.null_count else column).to_numpy()
+def count_tokens(
+    of_requests, requests, of_tokens, tokens, of_new, new, of_resumed, resumed,
+    of_spec, spec, num_spec, total, prefill,
+):  # fmt: skip
+    """Put in the tokens of each step, and those of requests that join or compute several: their prefill.
 
-
-def nullable(values: np.ndarray) -> pa.Array:
-    null = values == NONE
-    return pa.array(values, mask=null if null.any() else None)
-
-
-def parts(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Of a column of lists: where each begins and ends, and the numbers in all of them."""
-    offsets = np.asarray(column.offsets).astype(np.int64)
-    return offsets - offsets[0], column.values.to_numpy()[offsets[0] : offsets[-1]]
+    ``of_…`` say where those of a step begin and end in the array after it; ``num_spec`` how many
+    drafts each of ``spec`` has, which are no prefill. Written for numba.
+    """
+    for step in range(len(total)):
+        first, last = of_requests[step], of_requests[step + 1]
+        begin = of_tokens[step]
+        for i in range(of_tokens[step + 1] - begin):
+            count = tokens[begin + i]
+            total[step] += count
+            several, joined = count, False
+            if first + i < last:
+                request = requests[first + i]
+                for at in range(of_spec[step], of_spec[step + 1]):
+                    if spec[at] == request:
+                        several -= num_spec[at]
+                if several <= 1:
+                    for at in range(of_new[step], of_new[step + 1]):
+                        joined |= new[at] == request
+                    for at in range(of_resumed[step], of_resumed[step + 1]):
+                        joined |= resumed[at] == request
+            if several > 1 or joined:
+                prefill[step] += count
 
 
 class Steps:
     """Takes the chunks of a trace and gives the rows of ``steps``, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: Any = count_tokens) -> None:
+        self._count_tokens = count
         self._rows = np.empty((0, len(NAMES)), np.int64)
         """Of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
         self._before: dict[tuple[str, int], int] = {}
@@ -82,8 +94,8 @@ class Steps:
     def take(self, chunk: Chunk) -> Iterator[pa.RecordBatch]:
         """The rows of which nothing more can come after this chunk."""
         planned = chunk.get(StepScheduled)
-        made = None if planned is None else _rows_of(planned)
-        self._count(chunk, made)
+        made = None if planned is None else self._rows_of(planned)
+        self._count_inside(chunk, made)
         if made is not None:
             self._rows = np.concatenate([self._rows, made])
         if len(self._rows):
@@ -98,7 +110,35 @@ class Steps:
         """The rest."""
         yield self._batch(self._rows)
 
-    def _count(self, chunk: Chunk, made: np.ndarray | None) -> None:
+    def _rows_of(self, planned: pa.RecordBatch) -> np.ndarray:
+        """What a ``step.scheduled`` itself says."""
+        rows = np.full((planned.num_rows, len(NAMES)), NONE)
+        for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
+                     "num_free_blocks"):  # fmt: skip
+            rows[:, PLACE[name]] = numbers(planned, name)
+        rows[:, PLACE["schedule_ns"]] = numbers(planned, "dur_ns")
+        lists = {
+            name: own_parts(planned[name]) for name in ("requests", "num_tokens", "new", "resumed")
+        }
+        for name, source in (
+            ("num_requests", "requests"),
+            ("num_new", "new"),
+            ("num_resumed", "resumed"),
+        ):
+            rows[:, PLACE[name]] = np.diff(lists[source][0])
+        for name in COUNTED:
+            rows[:, PLACE[name]] = 0
+        total, prefill = np.zeros((2, planned.num_rows), np.int64)
+        self._count_tokens(
+            *(each for pair in lists.values() for each in pair),
+            *own_parts_of_map(planned["num_spec_tokens"]), total, prefill,
+        )  # fmt: skip
+        rows[:, PLACE["num_tokens"]] = total
+        rows[:, PLACE["num_prefill_tokens"]] = prefill
+        rows[:, PLACE["num_decode_tokens"]] = total - prefill
+        return rows
+
+    def _count_inside(self, chunk: Chunk, made: np.ndarray | None) -> None:
         """Add what happened to the next step of its process."""
         before, self._before = self._before, {}
         for name, cls in COUNTED.items():
@@ -180,33 +220,6 @@ class Steps:
         return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _rows_of(planned: pa.RecordBatch) -> np.ndarray:
-    """What a ``step.scheduled`` itself says."""
-    rows = np.full((planned.num_rows, len(NAMES)), NONE)
-
-    def put(name: str, values: np.ndarray | int) -> None:
-        rows[:, PLACE[name]] = values
-
-    for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
-                 "num_free_blocks"):  # fmt: skip
-        put(name, numbers(planned, name))
-    put("schedule_ns", numbers(planned, "dur_ns"))
-    sizes = {name: np.diff(np.asarray(planned[name].offsets)) for name in
-             ("requests", "new", "resumed")}  # fmt: skip
-    put("num_requests", sizes["requests"])
-    put("num_new", sizes["new"])
-    put("num_resumed", sizes["resumed"])
-    for name in COUNTED:
-        put(name, 0)
-    total = _sums(planned["num_tokens"])
-    total[total == NONE] = 0
-    prefill = _prefill(planned)
-    put("num_tokens", total)
-    put("num_prefill_tokens", prefill)
-    put("num_decode_tokens", total - prefill)
-    return rows
-
-
 def _sums(column: pa.Array) -> np.ndarray:
     """The sum of each list; ``NONE`` for one that is empty or null."""
     offsets, flat = parts(column)
@@ -215,38 +228,6 @@ def _sums(column: pa.Array) -> np.ndarray:
     if some.any():
         made[some] = np.add.reduceat(flat, offsets[:-1][some])
     return made
-
-
-def _prefill(planned: pa.RecordBatch) -> np.ndarray:
-    """Tokens of requests that join, or compute several tokens: they are in their prefill."""
-    offsets, tokens = parts(planned["num_tokens"])
-    several = tokens.copy()
-    of_spec = planned["num_spec_tokens"]
-    if len(of_spec.keys):
-        begins, keys = np.asarray(of_spec.offsets), of_spec.keys.to_numpy()
-        at, which = _places(planned, np.diff(begins), keys[begins[0] : begins[-1]])
-        several[at] -= of_spec.items.to_numpy()[begins[0] : begins[-1]][which]
-    chosen = several > 1
-    for name in ("new", "resumed"):
-        begins, joined = parts(planned[name])
-        if len(joined):
-            chosen[_places(planned, np.diff(begins), joined)[0]] = True
-    sums = np.concatenate([[0], np.cumsum(np.where(chosen, tokens, 0))])
-    return sums[offsets[1:]] - sums[offsets[:-1]]
-
-
-def _places(
-    planned: pa.RecordBatch, counts: np.ndarray, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where ``num_tokens`` of some requests stand, ``counts`` of them in each step, and of which."""
-    offsets, requests = parts(planned["requests"])
-    of_tokens, _ = parts(planned["num_tokens"])
-    rows = np.repeat(np.arange(len(counts)), counts)
-    sizes = np.minimum(np.diff(offsets), np.diff(of_tokens))[rows]
-    which = np.repeat(np.arange(len(rows)), sizes)
-    within = np.arange(len(which)) - (np.cumsum(sizes) - sizes)[which]
-    same = requests[offsets[rows][which] + within] == wanted[which]
-    return (of_tokens[rows][which] + within)[same], which[same]
 
 
 def _of_steps(

@@ -283,13 +283,16 @@ class _Reading:
         if what == u.OF_INT:
             return pa.array(self._slot(slot))
         if what == u.OF_INTS:
-            return _lists(self._slot(slot), pa.array(self._slot(slot + 1)))
+            return _lists(self._slot(slot), pa.array(self._slot(slot + 1)), column.type)
         if what == u.OF_HASHES:
-            return _lists(self._slot(slot), pa.array(self._slot(slot + 1).view(np.uint64)))
+            return _lists(
+                self._slot(slot), pa.array(self._slot(slot + 1).view(np.uint64)), column.type
+            )
         if what in (u.OF_LISTS, u.OF_LISTS_OF_HASHES):
             flat = self._slot(slot + 2)
             items = pa.array(flat.view(np.uint64) if what == u.OF_LISTS_OF_HASHES else flat)
-            return _lists(self._slot(slot), _lists(self._slot(slot + 1), items))
+            inner = _lists(self._slot(slot + 1), items, column.type.value_type)
+            return _lists(self._slot(slot), inner, column.type)
         if what in (u.OF_INT_MAP, u.OF_TEXT_MAP):
             named = what == u.OF_TEXT_MAP
             keys = self._texts(slot + 1) if named else pa.array(self._slot(slot + 1))
@@ -306,8 +309,9 @@ class _Reading:
         if what == u.NOTHING:
             return pa.nulls(count, column.type)
         assert what == u.RARE, what
-        empty = pa.scalar("{}" if pa.types.is_string(column.type) else [], column.type)
-        return pa.repeat(empty, count)
+        if pa.types.is_string(column.type):
+            return pa.repeat("{}", count)
+        return _lists(np.zeros(count, np.int64), pa.array([], column.type.value_type), column.type)
 
     def _texts(self, slot: int) -> pa.Array:
         places, sizes = self._slot(slot), self._slot(slot + 1)
@@ -352,7 +356,7 @@ class _Reading:
             self._slot(column.slot), self._slot(column.slot + 1), self.last[column.name]
         )
         self.last[column.name] = flat[offsets[-2] :].copy()
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=column.type)
 
     def _outputs(self, column: Column, which: np.ndarray, steps: np.ndarray) -> pa.Array:
         """None stands for one token each, where the step is known."""
@@ -361,7 +365,7 @@ class _Reading:
             lengths, self._slot(column.slot + 1), which, steps,
             self.scheduled, self.of_steps[0], self.of_steps[1], STEPS_KEPT,
         )  # fmt: skip
-        return _lists(lengths, pa.array(flat))
+        return _lists(lengths, pa.array(flat), column.type)
 
     def _count_kept(self, frame: _Frame) -> None:
         """Below 0, ``num_kept`` follows from the composition of the step, as in ``tracefile``."""
@@ -400,7 +404,7 @@ def _offsets(lengths: np.ndarray) -> tuple[pa.Array, int]:
     return pa.array(offsets), num_null
 
 
-def _lists(lengths: np.ndarray, items: pa.Array) -> pa.Array:
+def _lists(lengths: np.ndarray, items: pa.Array, kind: pa.ListType) -> pa.Array:
     offsets, num_null = _offsets(lengths)
     mask = pa.array(lengths < 0) if num_null else None
-    return pa.ListArray.from_arrays(offsets, items, mask=mask)
+    return pa.ListArray.from_arrays(offsets, items, type=kind, mask=mask)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from vllm_trace.events import EVENT_TYPES, AttentionCalled, Event, StepScheduled
 from vllm_trace.export import unpack as u
-from vllm_trace.export.tables import HASHES, HINTS, PLACE, SCHEMAS, TUPLES, is_json
+from vllm_trace.export.tables import HASHES, HINTS, PLACE, SCHEMAS, TUPLES, is_json, may_lack
 
 BY_TAG: dict[int, type[Event]] = {cls.__struct_config__.tag: cls for cls in EVENT_TYPES}  # type: ignore[misc]
 
@@ -75,7 +75,6 @@ class Shapes:
     def _field(
         self, tag: int, cls: type[Event], name: str, default: Any, tokens: bool
     ) -> tuple[int, int, int, bool, int]:
-        nullable = type(None) in get_args(HINTS[cls][name])
         says = 0
         if name == "step":
             says = u.AS_STEP
@@ -87,7 +86,7 @@ class Shapes:
         what = self._sort(cls, name, kind, tokens)
         slot = self._slots(tag, SLOTS[what], A_ROW.get(what, 1)) if what in SLOTS else -1
         self.columns[cls].append(Column(name, what, slot, kind))
-        return what, slot, self._absent(what, kind, default), nullable, says
+        return what, slot, self._absent(what, kind, default), may_lack(HINTS[cls][name]), says
 
     @staticmethod
     def _sort(cls: type[Event], name: str, kind: pa.DataType, tokens: bool) -> int:

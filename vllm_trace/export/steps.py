@@ -84,8 +84,8 @@ class Steps:
 
     def __init__(self, count: Any = count_tokens) -> None:
         self._count_tokens = count
-        self._rows = np.empty((0, len(NAMES)), np.int64)
-        """Of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
+        self._rows = np.empty((len(NAMES), 0), np.int64)
+        """Columns of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
         self._before: dict[tuple[str, int], int] = {}
         """What happened in each process since its last step."""
         self._variants: list[frozenset[str]] = []
@@ -97,14 +97,14 @@ class Steps:
         made = None if planned is None else self._rows_of(planned)
         self._count_inside(chunk, made)
         if made is not None:
-            self._rows = np.concatenate([self._rows, made])
-        if len(self._rows):
+            self._rows = np.concatenate([self._rows, made], axis=1)
+        if self._rows.size:
             self._tell(chunk)
         last = max(int(numbers(batch, "number")[-1]) for batch in chunk.values())
-        done = int(np.searchsorted(self._rows[:, 0], last - LATER))
+        done = int(np.searchsorted(self._rows[0], last - LATER))
         if done:
-            yield self._batch(self._rows[:done])
-            self._rows = self._rows[done:].copy()
+            yield self._batch(self._rows[:, :done])
+            self._rows = self._rows[:, done:].copy()
 
     def end(self) -> Iterator[pa.RecordBatch]:
         """The rest."""
@@ -112,11 +112,11 @@ class Steps:
 
     def _rows_of(self, planned: pa.RecordBatch) -> np.ndarray:
         """What a ``step.scheduled`` itself says."""
-        rows = np.full((planned.num_rows, len(NAMES)), NONE)
+        rows = np.full((len(NAMES), planned.num_rows), NONE)
         for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
                      "num_free_blocks"):  # fmt: skip
-            rows[:, PLACE[name]] = numbers(planned, name)
-        rows[:, PLACE["schedule_ns"]] = numbers(planned, "dur_ns")
+            rows[PLACE[name]] = numbers(planned, name)
+        rows[PLACE["schedule_ns"]] = numbers(planned, "dur_ns")
         lists = {
             name: own_parts(planned[name]) for name in ("requests", "num_tokens", "new", "resumed")
         }
@@ -125,17 +125,17 @@ class Steps:
             ("num_new", "new"),
             ("num_resumed", "resumed"),
         ):
-            rows[:, PLACE[name]] = np.diff(lists[source][0])
+            rows[PLACE[name]] = np.diff(lists[source][0])
         for name in COUNTED:
-            rows[:, PLACE[name]] = 0
+            rows[PLACE[name]] = 0
         total, prefill = np.zeros((2, planned.num_rows), np.int64)
         self._count_tokens(
             *(each for pair in lists.values() for each in pair),
             *own_parts_of_map(planned["num_spec_tokens"]), total, prefill,
         )  # fmt: skip
-        rows[:, PLACE["num_tokens"]] = total
-        rows[:, PLACE["num_prefill_tokens"]] = prefill
-        rows[:, PLACE["num_decode_tokens"]] = total - prefill
+        rows[PLACE["num_tokens"]] = total
+        rows[PLACE["num_prefill_tokens"]] = prefill
+        rows[PLACE["num_decode_tokens"]] = total - prefill
         return rows
 
     def _count_inside(self, chunk: Chunk, made: np.ndarray | None) -> None:
@@ -152,13 +152,13 @@ class Steps:
                 carried = before.get((name, process), 0)
                 rows = np.zeros(0, np.int64)
                 if made is not None:
-                    rows = np.flatnonzero(made[:, 1] == process)
+                    rows = np.flatnonzero(made[1] == process)
                 if made is None or not len(rows):
                     self._before[name, process] = carried + len(at)
                     continue
-                found = np.bincount(np.searchsorted(made[rows, 0], at), minlength=len(rows) + 1)
+                found = np.bincount(np.searchsorted(made[0, rows], at), minlength=len(rows) + 1)
                 found[0] += carried
-                made[rows, PLACE[name]] += found[:-1]
+                made[PLACE[name], rows] += found[:-1]
                 if found[-1]:
                     self._before[name, process] = int(found[-1])
 
@@ -167,11 +167,11 @@ class Steps:
         rows = self._rows
         batch = chunk.get(StepUpdated)
         if batch is not None:
-            who, processes = numbers(batch, "process"), np.unique(rows[:, 1])
-            for process in processes.tolist():
-                of_process = np.flatnonzero(rows[:, 1] == process)
+            who = numbers(batch, "process")
+            for process in np.unique(who).tolist():
+                of_process = np.flatnonzero(rows[1] == process)
                 mine = np.flatnonzero(who == process)
-                which, found = _of_steps(rows[of_process], batch, mine)
+                which, found = _of_steps(rows[:3, of_process], batch, mine)
                 self._update(batch, which, of_process[found])
         for cls, columns in (
             (StepExecuted, (("execute_ns", "dur_ns"), ("forward_ns", "forward_dur_ns"),
@@ -182,7 +182,7 @@ class Steps:
             if batch is not None:
                 which, found = _of_steps(rows, batch, np.arange(batch.num_rows))
                 for name, source in columns:
-                    np.maximum.at(rows[:, PLACE[name]], found, numbers(batch, source)[which])
+                    np.maximum.at(rows[PLACE[name]], found, numbers(batch, source)[which])
         batch = chunk.get(AttentionPlanned)
         if batch is not None:
             which, found = _of_steps(rows, batch, np.arange(batch.num_rows))
@@ -191,17 +191,17 @@ class Steps:
     def _update(self, batch: pa.RecordBatch, which: np.ndarray, found: np.ndarray) -> None:
         rows, dur = self._rows, numbers(batch, "dur_ns")
         updated = numbers(batch, "at_ns") + dur
-        rows[found, PLACE["update_ns"]] = dur[which]
-        rows[found, PLACE["wall_ns"]] = updated[which] - rows[found, PLACE["at_ns"]]
+        rows[PLACE["update_ns"], found] = dur[which]
+        rows[PLACE["wall_ns"], found] = updated[which] - rows[PLACE["at_ns"], found]
         sums = _sums(batch["num_output_tokens"])
-        rows[found, PLACE["num_output_tokens"]] = sums[which]
+        rows[PLACE["num_output_tokens"], found] = sums[which]
 
     def _choose(self, column: pa.Array, which: np.ndarray, found: np.ndarray) -> None:
         """Variants of a step in one text, in alphabetical order."""
         coded = column.dictionary_encode()
         own = np.array([self._variant({text}) for text in coded.dictionary.to_pylist()], np.int64)
         codes = own[coded.indices.to_numpy()[which]]
-        held = self._rows[:, PLACE["variant"]]
+        held = self._rows[PLACE["variant"]]
         held[found] = np.where(held[found] == NONE, codes, held[found])
         for row, code in zip(*(a[held[found] != codes].tolist() for a in (found, codes))):
             held[row] = self._variant(self._variants[held[row]] | self._variants[code])
@@ -214,10 +214,10 @@ class Steps:
         return place
 
     def _batch(self, rows: np.ndarray) -> pa.RecordBatch:
-        columns = [nullable(column) for column in np.ascontiguousarray(rows.T)]
+        columns = [nullable(column.copy()) for column in rows]
         texts = [", ".join(sorted(texts)) for texts in self._variants]
         columns[-1] = pa.array(texts, pa.string()).take(columns[-1])
-        return pa.record_batch(columns, schema=SCHEMA)
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _sums(column: pa.Array) -> np.ndarray:
@@ -234,13 +234,19 @@ def _of_steps(
     rows: np.ndarray, batch: pa.RecordBatch, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of these events have a step, and its row: the latest of that number before them."""
-    order = np.argsort(rows[:, PLACE["step"]], kind="stable")
-    steps = rows[order, PLACE["step"]]
+    if not rows.shape[1]:
+        return which[:0], which[:0]
+    steps, at = rows[PLACE["step"]], rows[0]
+    wanted, number = numbers(batch, "step")[which], numbers(batch, "number")[which]
+    if (steps[1:] > steps[:-1]).all():
+        found = np.minimum(np.searchsorted(steps, wanted), len(steps) - 1)
+        there = (steps[found] == wanted) & (at[found] <= number)
+        return which[there], found[there]
+    order = np.argsort(steps, kind="stable")
+    steps = steps[order]
     unique, rank = np.unique(steps, return_inverse=True)
-    wanted = numbers(batch, "step")[which]
     of = np.searchsorted(unique, wanted)
     # A trace has fewer than 2**40 events, and fewer steps than 2**22 wait.
-    keys = (rank << 40) + rows[order, 0]
-    found = np.searchsorted(keys, (of << 40) + numbers(batch, "number")[which], "right") - 1
+    found = np.searchsorted((rank << 40) + at[order], (of << 40) + number, "right") - 1
     there = (found >= 0) & (steps[found] == wanted)
     return which[there], order[found[there]]

@@ -59,9 +59,12 @@ COLUMNS = (
 
 NAMES = tuple(name for name, _ in COLUMNS)
 TEXTS = {"how": HOW, "ended": ENDED, "next_how": HOW}
+ALWAYS = ("process", "block", "group", "position", "how", "num_sharers", "from_event", "ended")
+"""What no row is without."""
+
 SCHEMA = pa.schema(
-    [("process", pa.int64())]
-    + [(name, pa.string() if name in TEXTS else pa.int64()) for name in NAMES]
+    pa.field(name, pa.string() if name in TEXTS else pa.int64(), nullable=name not in ALWAYS)
+    for name in ("process", *NAMES)
 )
 
 KINDS: dict[type[Event], int] = {

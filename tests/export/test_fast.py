@@ -207,7 +207,8 @@ def test_what_is_not_in_the_file_is_what_an_older_recorder_meant(data):
             slow, quick = both(path)
         except (fast.Unusual, TraceError):  # a number that no column holds
             return
-        assert repr(slow) == repr(quick)
+        assert repr(slow[0]) == repr(quick[0])  # nan is not itself
+        assert slow[1:] == quick[1:]
 
 
 def test_a_call_within_the_tolerance_and_one_beyond_it_are_whole(tmp_path):

@@ -30,7 +30,8 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.trace import Trace, read_trace
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: no engine to record"

@@ -24,7 +24,7 @@ from vllm_trace.events import (
 from vllm_trace.show import SHARED, Filter, pool_columns
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent / "gold"
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1, "host": "here"}

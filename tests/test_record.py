@@ -21,7 +21,7 @@ LEAVES_AN_OPEN_FILE = f"""
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     from pathlib import Path
     from helpers import configured
-    from vllm_trace.tracefile import TraceWriter
+    from vllm_trace.tracewriter import TraceWriter
 
     folder = Path(os.environ["VTRACE_DIR"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ from vllm_trace.events import (
     SlotsRefused,
     StepScheduled,
 )
-from vllm_trace.tracefile import MAGIC, MAX_RAW, TraceFile, TraceWriter
+from vllm_trace.tracefile import MAGIC, MAX_RAW, TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "test", "pid": 1}
 SMALL_TAIL = 1024
@@ -174,7 +175,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from vllm_trace.events import BlocksTaken
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 writer = TraceWriter(Path(sys.argv[1]), {"schema": 1}, tail_size=4096)
 for number in range(10**9):
     writer.write([BlocksTaken([number]), BlocksTaken([-number])])
@@ -642,7 +643,8 @@ import json, signal, sys
 from pathlib import Path
 from random import Random
 from vllm_trace.events import BlocksTaken
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 limit = int(sys.argv[2])
 if limit:
     import resource

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from vllm_trace.errors import UsageError
 from vllm_trace.options import Options
-from vllm_trace.tracefile import SUFFIX, is_sealed, seal
+from vllm_trace.tracefile import SUFFIX, is_sealed
+from vllm_trace.tracewriter import seal
 
 PATIENCE = 5.0
 """Seconds that processes of the command have to die after it."""

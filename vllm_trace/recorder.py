@@ -30,7 +30,8 @@ from vllm_trace.events import (
 )
 from vllm_trace.options import Options
 from vllm_trace.packing import I16, SCHEDULED, U32, U64, encoded, list_head, pack_scheduled
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 MAX_PENDING = 1_000_000
 """Captures held before a flush is forced; reached only when no step ever ends."""

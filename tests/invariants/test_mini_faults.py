@@ -7,7 +7,7 @@ pytest.importorskip("torch", reason="torch is not installed: mini's engine compu
 from vllm_trace.invariants import EventList, check
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 from . import faults, mini_faults
 from .mini_faults import FAULTS, HEADER

@@ -13,7 +13,7 @@ from report.test_report import HOSTILE, hostile, secret
 from vllm_trace import report, show
 from vllm_trace.events import BlocksFreed, BlocksTaken, KVGroup, SlotsAllocated, to_dict
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 ROOT = GOLD.parent.parent
 

@@ -1,4 +1,4 @@
-"""The file of one process: written while an engine runs, read without one.
+"""The file of one process, and its reader; ``tracewriter`` writes it while an engine runs.
 
 Layout of ``<role>-<pid>.vtrace``::
 
@@ -385,6 +385,7 @@ def read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
 
 
 def unzip(decompress: Any, body: bytes, path: Path, file: BinaryIO) -> bytes:
+    """The batches of an event frame; no more bytes than ``MAX_RAW``, whatever it claims."""
     try:
         size = zstandard.frame_content_size(body)
         if not 0 <= size <= MAX_RAW:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -293,16 +294,12 @@ def test_attributes_and_names_are_those_of_the_table():
 
 
 def test_names_of_opentelemetry_are_its_own():
-    semconv = pytest.importorskip("opentelemetry.semconv._incubating.attributes")
-    from importlib import import_module
-
     known = set()
     for module in ("gen_ai", "error", "service", "host", "process", "telemetry"):
-        found = import_module(f"{semconv.__name__}.{module}_attributes")
+        found = import_module(f"opentelemetry.semconv._incubating.attributes.{module}_attributes")
         known |= {value for name, value in vars(found).items() if isinstance(value, str)}
-    stable = import_module("opentelemetry.semconv.attributes")
     for module in ("error", "service", "telemetry"):
-        found = import_module(f"{stable.__name__}.{module}_attributes")
+        found = import_module(f"opentelemetry.semconv.attributes.{module}_attributes")
         known |= {value for name, value in vars(found).items() if isinstance(value, str)}
     foreign = [name for name in a.ATTRIBUTES if not name.startswith("vllm_trace.")]
     assert [] == [name for name in foreign if name not in known]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_trace.events import SCHEMA_VERSION, BlocksTaken, Event
-from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile
+from vllm_trace.tracefile import SUFFIX, TAIL_SUFFIX, TraceFile
 from vllm_trace.tracewriter import TraceWriter
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "test", "pid": 1}
@@ -34,6 +34,11 @@ def read(path: Path) -> tuple[list[Event], TraceFile]:
     """All events, and the file with what a reading to its end has found out."""
     file = TraceFile(path)
     return list(file.events()), file
+
+
+def files_of(folder: Path) -> dict[str, tuple[list[Event], TraceFile]]:
+    """Every file of a trace by its name, read."""
+    return {path.name: read(path) for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
 
 def tail_of(path: Path) -> Path:

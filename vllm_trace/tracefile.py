@@ -75,10 +75,11 @@ def is_sealed(path: Path) -> bool:
 def is_running(pid: int) -> bool:
     """Whether a process is there and no zombie; a file's writer is gone when it is not."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # The name before the bracket is any bytes, and cut off within a character.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
         return False
-    return state not in "ZX"
+    return state not in b"ZX"
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]

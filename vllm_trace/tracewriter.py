@@ -48,7 +48,7 @@ class TraceWriter:
     """Writes the file of one process.
 
     Never raises after it was opened: what could not be written is counted in ``dropped``, and
-    ``failure`` says why.
+    ``failure`` says why. Ctrl-C may come anywhere: a batch is in the file and counted by then, or neither.
 
     Raises: ``OSError`` when the file cannot be made.
     """
@@ -64,9 +64,9 @@ class TraceWriter:
         self._tail_path = path.with_name(path.name + TAIL_SUFFIX)
         try:
             self._file.write(MAGIC)
-            self._write_frame(b"H", msgspec.json.encode(header), compress=False)
+            self._write_frame(b"H", msgspec.json.encode(header), bytes)
             self._tail = self._open_tail(tail_size)
-        except OSError:
+        except BaseException:
             self._file.close()
             path.unlink(missing_ok=True)
             self._tail_path.unlink(missing_ok=True)
@@ -103,11 +103,18 @@ class TraceWriter:
             self._write_around_tail(data, num_events)
             return
         tail = self._tail
-        tail[begin + 4 : end] = data
-        # The size goes in last: until then the batch does not exist for a reader.
-        _put_size(tail, begin, len(data))
-        self._used = end
-        self.num_events += num_events
+        try:
+            tail[begin + 4 : end] = data
+            # The size goes in last: until then the batch does not exist for a reader.
+            _put_size(tail, begin, len(data))
+            self._used, self.num_events = end, self.num_events + num_events
+        except BaseException:
+            self._wipe()
+            raise
+
+    def _wipe(self) -> None:
+        """Of a batch that was cut short nothing may stay: the next one could be shorter."""
+        self._tail[self._used :] = bytes(len(self._tail) - self._used)
 
     # Names that are constants of the next two are their defaults: what a step looks up in a module's
     # dictionary is in no cache by then.
@@ -144,13 +151,18 @@ class TraceWriter:
                 tail, place, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
                 0xCE, free, middles[kept], step, 0xCF, started_ns, 0xCE, dur_ns,
             )  # fmt: skip
-        except (TypeError, KeyError, struct.error):
+            tail[begin:place] = data
+            # The size goes in last: until then the batch does not exist for a reader.
+            put_front(tail, begin - 5, end - begin + 1, 0x90 + number)
+            self._used, self.num_events = end, self.num_events + number
+        except (TypeError, KeyError):
             return False
-        tail[begin:place] = data
-        # The size goes in last: until then the batch does not exist for a reader.
-        put_front(tail, begin - 5, end - begin + 1, 0x90 + number)
-        self._used = end
-        self.num_events += number
+        except struct.error:  # some of it may be there already
+            self._wipe()
+            return False
+        except BaseException:
+            self._wipe()
+            raise
         return True
 
     def write_steady_step_alone(
@@ -175,23 +187,24 @@ class TraceWriter:
                 tail, begin + 4, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
                 0xCE, free, middle, step, 0xCF, started_ns, 0xCE, dur_ns,
             )  # fmt: skip
+            tail[begin] = size  # below 256, before zeros
+            self._used, self.num_events = end, self.num_events + 2
         except struct.error:
+            self._wipe()
             return False
-        tail[begin] = size  # below 256, before zeros
-        self._used = end
-        self.num_events += 2
+        except BaseException:
+            self._wipe()
+            raise
         return True
 
     def _write_around_tail(self, data: bytes, num_events: int) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
         self.flush_tail()
         if self.failure or SIZE.size + len(data) > MAX_RAW:  # no reader would take that frame
-            self._drop(num_events)
+            self.drop(num_events)
         elif TAIL.size + 4 + len(data) > self._tail_end:
-            if self._write_events(SIZE.pack(len(data)) + data):
-                self.num_events += num_events
-            else:
-                self._drop(num_events)
+            if not self._write_events(SIZE.pack(len(data)) + data, num_events):
+                self.drop(num_events)
         else:
             self.write_encoded(data, num_events)
 
@@ -201,32 +214,42 @@ class TraceWriter:
             return
         self._write_events(self._tail[TAIL.size : self._used])
 
-    def _write_events(self, raw: bytes | bytearray) -> bool:
+    def _write_events(self, raw: bytes | bytearray, num_new: int = 0) -> bool:
+        """``num_new``: events in it that were not in the tail, and are not counted yet."""
+        before = self._num_frames
         try:
-            self._write_frame(b"E", raw, compress=True)
+            self._write_frame(b"E", raw, self._compress, num_new)
+            self._begin_tail()
         except OSError as error:
             self.failure = f"{error.strerror or error}"
             self._tail_end = 0  # so that ``write`` need not ask for a failure
-            self._drop(0)
+            self.drop(0)
             return False
-        self._num_frames += 1
-        self._begin_tail()
+        except BaseException:
+            if self._num_frames != before:
+                self._begin_tail()  # it was cut short
+            raise
         return True
 
-    def _write_frame(self, kind: bytes, raw: bytes | bytearray, *, compress: bool) -> None:
-        frame = _frame(kind, raw, self._compress if compress else bytes)
+    def _write_frame(
+        self, kind: bytes, raw: bytes | bytearray, store: Callable[[Any], bytes], num_new: int = 0
+    ) -> None:
+        frame = _frame(kind, raw, store)
         begin = self._file.tell()
         view = memoryview(frame)
         try:
             while view:
                 view = view[self._file.write(view) :]
-        except OSError:
+            self._num_frames, self.num_events = (
+                self._num_frames + (kind == b"E"), self.num_events + num_new
+            )  # fmt: skip
+        except BaseException:
             with contextlib.suppress(OSError):
                 self._file.truncate(begin)
                 self._file.seek(begin)
             raise
 
-    def _drop(self, num_events: int) -> None:
+    def drop(self, num_events: int) -> None:
         """Count what is lost where it can still be written: in the tail's own header."""
         self.dropped += num_events
         self._tail[: TAIL.size] = TAIL.pack(
@@ -242,10 +265,10 @@ class TraceWriter:
         if complete:
             body = {"num_events": self.num_events, "num_frames": self._num_frames} | footer
             try:
-                self._write_frame(b"F", msgspec.json.encode(body), compress=False)
+                self._write_frame(b"F", msgspec.json.encode(body), bytes)
             except OSError as error:
                 self.failure = f"{error.strerror or error}"
-                self._drop(0)
+                self.drop(0)
                 complete = False
         self._tail.close()
         self._file.close()

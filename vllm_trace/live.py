@@ -277,9 +277,9 @@ def follow(
 ) -> None:
     """Show the end of a growing trace until Ctrl-C, or for so many seconds."""
     follower = Follower(path)
-    with Screen(console=console, refresh_per_second=4, transient=False) as screen:
+    with Screen(console=console, auto_refresh=False) as screen:
         for _ in _looks(follower, seconds, every):
-            screen.update(view(follower, console.width, console.height, only_map))
+            screen.update(view(follower, console.width, console.height, only_map), refresh=True)
 
 
 def follow_json(

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from multiprocessing import current_process, util
 from pathlib import Path
@@ -260,6 +260,7 @@ class Recorder:
             self._lose(len(pending))
             pending.clear()
         except BaseException:
+            self._flushing = False
             writer = self.writer
             if writer is not None and settled not in (-1, writer.num_events + writer.dropped):
                 pending.clear()
@@ -281,9 +282,9 @@ class Recorder:
 
     def _decode(self) -> None:
         """Replace what was deferred by the events that its decoders make, in place."""
-        rest = iter(self.pending[:])
+        rest: Iterator[Any] = iter(())
         try:
-            self.pending.clear()
+            rest, self.pending[:] = iter(self.pending[:]), ()
             for item in rest:
                 if type(item) is tuple:
                     decode, values = item

@@ -60,21 +60,20 @@ class TraceWriter:
         self.failure = ""
         self._compress = zstandard.ZstdCompressor(level=1).compress
         self._num_frames = 0
-        self._file: BinaryIO = open(path, "xb", buffering=0)  # noqa: SIM115
         self._tail_path = path.with_name(path.name + TAIL_SUFFIX)
+        self._file: BinaryIO = open(path, "xb", buffering=0)  # noqa: SIM115
         try:
             self._file.write(MAGIC)
             self._write_frame(b"H", msgspec.json.encode(header), bytes)
             self._tail = self._open_tail(tail_size)
+            # Room for the size of 0 that ends the batches is always left.
+            self._tail_end = self._used = len(self._tail) - SIZE.size
+            self._begin_tail()
         except BaseException:
             self._file.close()
             path.unlink(missing_ok=True)
             self._tail_path.unlink(missing_ok=True)
             raise
-        # Room for the size of 0 that ends the batches is always left.
-        self._tail_end = len(self._tail) - SIZE.size
-        self._used = self._tail_end
-        self._begin_tail()
 
     def _open_tail(self, size: int) -> mmap.mmap:
         with open(self._tail_path, "x+b") as file:

@@ -60,6 +60,7 @@ ROOMS = {
     "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "learn": (
         [
+            "decode_rule",
             "errors",
             "events",
             "hooks",

@@ -73,7 +73,10 @@ ROOMS = {
         ],
         ["tomli", "tomllib"],
     ),
-    "invariants": (["errors", "events", "extending", "trace", "tracefile"], ["pytest"]),
+    "invariants": (
+        ["errors", "events", "extending", "trace", "tracefile"],
+        ["packaging", "pytest"],
+    ),
     "export": (
         [
             "__init__",

@@ -19,6 +19,7 @@ ROOMS = {
     "extending": (["errors"], []),
     "errors": ([], []),
     "documents": ([], []),
+    "writing": ([], []),
     "options": (["errors"], []),
     "packing": (["events"], ["msgspec"]),
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
@@ -58,10 +59,24 @@ ROOMS = {
     "growing": (["errors", "events", "trace", "tracefile"], ["zstandard"]),
     "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "learn": (
-        ["errors", "events", "hooks", "mini", "scenarios", "state", "trace", "tracewriter"],
+        [
+            "decode_rule",
+            "errors",
+            "events",
+            "hooks",
+            "mini",
+            "scenarios",
+            "state",
+            "trace",
+            "tracewriter",
+            "writing",
+        ],
         ["tomli", "tomllib"],
     ),
-    "invariants": (["errors", "events", "extending", "trace", "tracefile"], ["pytest"]),
+    "invariants": (
+        ["errors", "events", "extending", "trace", "tracefile"],
+        ["packaging", "pytest"],
+    ),
     "export": (
         [
             "__init__",
@@ -74,6 +89,7 @@ ROOMS = {
             "state",
             "trace",
             "tracefile",
+            "writing",
         ],
         [
             "duckdb",
@@ -118,6 +134,7 @@ ROOMS = {
             "state",
             "summary",
             "trace",
+            "writing",
         ],
         ["jinja2", "msgspec"],
     ),

@@ -183,9 +183,9 @@ class HashChain:
     "evict-head",
     "Blocks are handed out, and so evicted, from the head of the free queue.",
     needs=("full",),
-    releases=">=0.11,<0.34",
-    doc="The queue is rebuilt from what was freed. Since 0.32 freed blocks without a hash go to its"
-    " front, in the order given; before, all went to its end.",
+    releases=">=0.11,!=0.23,<0.34",
+    doc="The queue is rebuilt from what was freed. Since 0.24 freed blocks without a hash go to its"
+    " front, in the order given; before, all went to its end (0.23: all but those of windows).",
     mutation="the free queue gives from its tail",
     built_in=True,
 )
@@ -222,10 +222,10 @@ class EvictHead:
                 self.front.pop(block, None)
 
     def blocks_freed(self, books: Books, event: BlocksFreed) -> None:
-        # Since 0.32 these two lists are vLLM's own.
+        # Since 0.24 these two lists are vLLM's own.
         first: list[int] = []
         last: list[int] = []
-        unhashed_first = books.release >= (0, 32)
+        unhashed_first = books.release >= (0, 24)
         for block, count in zip(event.blocks, event.ref_cnts):
             if count == 0 and block:
                 unhashed = not books.caching or block not in books.hashes

@@ -214,7 +214,7 @@ class BlockPool:
         counted = ordered_blocks if self.rules.null_block_counted else _without_null(ordered_blocks)
         reuse_next: list[KVCacheBlock] = []
         reuse_last: list[KVCacheBlock] = []
-        # A block nobody can find is worth nothing: since 0.32 it is reused while its memory is still warm.
+        # A block nobody can find is worth nothing: since 0.24 it is reused while its memory is still warm.
         reuse_unhashed = reuse_next if self.rules.unhashed_blocks_first else reuse_last
         for block in counted:
             block.ref_cnt -= 1

@@ -45,7 +45,10 @@ ROOMS = {
         ["rich"],
     ),
     "runner": (["checkpoints", "errors", "hooks", "options", "scenario"], []),
-    "show": (["errors", "events", "naming", "render", "state", "summary", "trace"], ["msgspec", "rich"]),
+    "show": (
+        ["errors", "events", "naming", "render", "state", "summary", "trace"],
+        ["msgspec", "rich"],
+    ),
     "state": (["events"], []),
     "tables": (["events"], []),
     "trace": (["errors", "events", "tracefile"], ["zstandard"]),
@@ -54,7 +57,7 @@ ROOMS = {
     "scenarios": ([], []),
     "replay": (["divergence", "errors", "events", "mini", "state", "trace", "tracefile"], []),
     "replay_view": (["divergence", "events", "render", "replay", "trace"], ["rich"]),
-    "diff": (["errors", "events", "explain", "state", "trace"], ["msgspec", "rich"]),
+    "diff": (["errors", "events", "explain", "naming", "state", "trace"], ["msgspec", "rich"]),
     "growing": (["errors", "events", "trace", "tracefile"], ["zstandard"]),
     "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "learn": (

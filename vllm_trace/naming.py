@@ -14,14 +14,17 @@ from vllm_trace.errors import UsageError, unknown
 CANDIDATES = 8
 """Listed when a name is ambiguous."""
 
-_RANDOM_TAIL = re.compile(r"-[0-9a-f]{8}")
+_RANDOM_DIGITS = re.compile(r"-[0-9a-f]{8}$")
+
+
+def without_random_digits(name: str) -> str:
+    """The name that the user gave, where vLLM made another one of it."""
+    return _RANDOM_DIGITS.sub("", name)
 
 
 def is_called(number: int, name: str, asked: str) -> bool:
     """Whether the request is the one asked for: its number, its name, or what vLLM made that name of."""
-    if asked in (name, f"#{number}"):
-        return True
-    return name.startswith(asked) and bool(_RANDOM_TAIL.fullmatch(name, len(asked)))
+    return asked in (name, f"#{number}", without_random_digits(name))
 
 
 def requests_called(names: Mapping[int, str], asked: str) -> list[int]:

@@ -21,7 +21,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.invariants.books import Books
 from vllm_trace.invariants.registry import Violation, invariant
-from vllm_trace.invariants.rules_pool import listed
+from vllm_trace.invariants.words import listed, many
 
 
 @invariant(
@@ -103,7 +103,7 @@ class HashChain:
             per_block, size = books.hashes_per_block[group], books.block_sizes[group]
             if len(row) * size < event.num_hit_tokens:
                 return books.violation(
-                    f"{who} hits {event.num_hit_tokens} tokens in {len(row)} block(s) of {size}",
+                    f"{who} hits {event.num_hit_tokens} tokens in {many(len(row), 'block')} of {size}",
                     request=event.request,
                 )
             for place, block in enumerate(row):
@@ -289,7 +289,7 @@ class KVEvents:
                 (b for b, (_, h) in books.evicted_at.items() if ours[place][1] in h), None
             )
         return books.violation(
-            f"of {len(ours)} event(s) of ours and {len(theirs)} of vLLM's, number {place + 1} is "
+            f"of {many(len(ours), 'event')} of ours and {len(theirs)} of vLLM's, number {place + 1} is "
             f"{told[0]} here and {told[1]} there",
             block=block,
         )

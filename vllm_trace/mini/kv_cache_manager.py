@@ -214,8 +214,9 @@ class KVCacheManager:
         if num_new_computed_tokens:
             self._add_hits(held, hits, num_computed)
         num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        new_blocks = self._extend(request, held, num_missing, num_tokens, num_computed)
-        if self.tell is not None:
+        new_blocks = self._extend(held.tables, num_missing) if num_missing > 0 else self.no_blocks
+        self._cache_full(request, held, num_tokens, num_computed)
+        if self.tell is not None and (num_missing > 0 or num_new_computed_tokens):
             self._tell_allocated(request, num_new_tokens, num_new_computed_tokens, new_blocks)
         return new_blocks
 
@@ -223,42 +224,40 @@ class KVCacheManager:
         self, request: Request, held: RequestBlocks, num_new_tokens: int, num_slots: int
     ) -> Blocks | None:
         """What `allocate_slots` does for a request that runs and needs a block, fills one, or leaves one behind."""
-        num_processed = request.num_computed_tokens
+        num_processed = num_computed = request.num_computed_tokens
         if self._windows:
             # Before the test, and even if the request is then refused: what left the window may be what is missing.
             if self.rules.windows_follow_processed:
-                num_processed = max(0, num_processed - request.num_in_flight_tokens)
+                num_processed = max(0, num_computed - request.num_in_flight_tokens)
             self._remove_skipped_blocks(held, num_processed)
         if num_slots > self.max_model_len:
             num_slots = self.max_model_len
-        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        if num_missing * len(held.tables) > self.block_pool.free_block_queue.num_free_blocks:
-            self._refuse(request, num_new_tokens)
-            return None
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        new_blocks = self._extend(request, held, num_missing, num_tokens, num_processed)
-        if self.tell is not None and num_missing > 0:
+        tables, new_blocks = held.tables, self.no_blocks
+        num_missing = -(-num_slots // self.block_size) - len(tables[0])
+        if num_missing > 0:
+            if num_missing * len(tables) > self.block_pool.free_block_queue.num_free_blocks:
+                self._refuse(request, num_new_tokens)
+                return None
+            new_blocks = self._extend(tables, num_missing)
+        self._cache_full(request, held, num_computed + num_new_tokens, num_processed)
+        if num_missing > 0 and self.tell is not None:
             self._tell_allocated(request, num_new_tokens, 0, new_blocks)
         return new_blocks
 
-    def _extend(
-        self,
-        request: Request,
-        held: RequestBlocks,
-        num_missing: int,
-        num_tokens: int,
-        num_processed: int,
-    ) -> Blocks:
-        """Take `num_missing` blocks, hash those that `num_tokens` fill, and see how long it will do."""
-        tables, block_size = held.tables, self.block_size
-        new_blocks = self.no_blocks
-        if num_missing > 0:
-            new_blocks = ()
-            for table in tables:
-                blocks = self.block_pool.get_new_blocks(num_missing)
-                table += blocks
-                new_blocks += (blocks,)
-        num_blocks = len(tables[0])
+    def _extend(self, tables: list[list[KVCacheBlock]], num_missing: int) -> Blocks:
+        """Take `num_missing` blocks for each table."""
+        new_blocks = []
+        for table in tables:
+            blocks = self.block_pool.get_new_blocks(num_missing)
+            table += blocks
+            new_blocks.append(blocks)
+        return tuple(new_blocks)
+
+    def _cache_full(
+        self, request: Request, held: RequestBlocks, num_tokens: int, num_processed: int
+    ) -> None:
+        """Hash the blocks that `num_tokens` fill, and see up to how many tokens there is nothing more to do."""
+        num_blocks, block_size = len(held.tables[0]), self.block_size
         held.quiet_until = num_blocks * block_size
         if self.enable_caching:
             if num_tokens > request.num_tokens:
@@ -271,7 +270,6 @@ class KVCacheManager:
         for _, manager in self._windows:
             num_skipped = manager.get_num_skipped_blocks(num_processed)
             held.quiet_until = min(held.quiet_until, manager.get_next_skip(num_skipped))
-        return new_blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Hash the blocks that are full at `num_computed_tokens`; for tokens that became known after their step."""
@@ -382,11 +380,9 @@ class KVCacheManager:
     def _tell_allocated(
         self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
     ) -> None:
-        ids = _ids(new_blocks)
-        if self.tell is not None and (ids or num_hit_tokens):
-            num_free = self.block_pool.free_block_queue.num_free_blocks
-            key = request.request_id
-            self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
+        num_free = self.block_pool.free_block_queue.num_free_blocks
+        key, ids = request.request_id, _ids(new_blocks)
+        self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
 
 
 def _ids(blocks: Blocks) -> list[list[int]]:

@@ -144,9 +144,10 @@ def look_up_each(trace: Path) -> None:
 def mini_alone(events: list[Any]) -> None:
     """``mini``'s own work in the engine's replay: nothing is read, told or compared; its plans are not looked at."""
     from vllm_trace import events as ev
-    from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager
+    from vllm_trace.mini.kv_cache_manager import FullAttentionSpec
     from vllm_trace.mini.request import Request
     from vllm_trace.mini.scheduler import SchedulerConfig
+    from vllm_trace.replay.steady_manager import SteadyManager
     from vllm_trace.replay.steady_scheduler import SteadyScheduler
 
     stops: dict[int, str] = {}
@@ -155,7 +156,7 @@ def mini_alone(events: list[Any]) -> None:
         kind = type(event)
         if kind is ev.EngineConfigured:
             limits = event.settings
-            manager = KVCacheManager(
+            manager = SteadyManager(
                 event.num_blocks, [FullAttentionSpec(event.block_size)], limits["max_model_len"]
             )
             config = SchedulerConfig(limits["max_num_scheduled_tokens"], limits["max_num_seqs"])

@@ -91,9 +91,9 @@ class EngineReplay(Replay):
             event.new, event.resumed, event.preempted,
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
-        preempted = list[Any](output.preempted_req_ids)
+        preempted: list[Any] = output.preempted_req_ids
         made = (
-            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(preempted),
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs, preempted and sorted(preempted),
             len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)

@@ -266,7 +266,7 @@ class ManagerReplay(Replay):
         self.num_silent += num_silent
         self.grown.clear()
         self.called.clear()
-        self.steady.num_scheduled += 1
+        self.steady.next_step()
         if self.others:
             self._advance()
         if requests:

@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
-    parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 40; quick 4)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of the comparison (default 120; quick 12)"
+    )
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     asked = parser.parse_args()
     tell = Console(stderr=True, quiet=asked.json)
@@ -63,7 +65,7 @@ def main() -> None:
 def measure_capture(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """What tracing costs: ``capture.md`` and ``capture.json``."""
     with tell.status("measuring") as status:
-        figures = measure(asked.quick, asked.rounds or (4 if asked.quick else 40), status.update)
+        figures = measure(asked.quick, asked.rounds or (12 if asked.quick else 120), status.update)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
     if not asked.json:
@@ -260,7 +262,7 @@ ones. Time is `process_time`, so all threads count; what an arm has put off (our
 span arm's export) is done inside the timed stretch. The heap is frozen before, as EngineCore does
 when it has started, and the collector is on. *median* and *quartiles* are of the ratios to `off` of
 the same round, *error* is the standard error of the median; `off again` is the noise: the same
-functions a second time. The slow arms run in every fourth round.
+functions a second time. The slow arms run in every twelfth round, after the others.
 
 `detached`: tracing was on and taken off; the functions are the original objects (asserted).
 `OpenTelemetry spans`: SDK spans around the same calls with the same facts, `BatchSpanProcessor`, OTLP

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from vllm_trace.diff import Diff, diff
+from vllm_trace.diff.words import render
 from vllm_trace.events import (
     SCHEMA_VERSION,
     BlocksCached,
@@ -29,8 +33,10 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.explain import Story, explain
 from vllm_trace.trace import Trace, read_trace
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: no engine to record"
@@ -156,3 +162,24 @@ def ended(request: int, blocks: Sequence[int], reason: str = "length") -> list[E
         RequestFreed(request),
         RequestFinished(request, 9, reason, 1, 0),
     ]
+
+
+# What is told of them ------------------------------------------------------------------
+
+
+def story(folder: Path, name: str) -> Story:
+    """The life of a request."""
+    return explain(read_trace(folder), name)
+
+
+def told(folder: Path, name: str) -> list[str]:
+    """The sentences, without the numbers of events: they depend on what else is recorded."""
+    return [re.sub(r"event \d+", "event N", line.text) for line in story(folder, name).lines]
+
+
+def compared(a: Path, b: Path) -> Diff:
+    """``diff`` of two traces, which can be shown in a terminal and as JSON."""
+    found = diff(read_trace(a), read_trace(b))
+    assert all(len(line) <= 80 for line in render(found).splitlines())
+    json.dumps(found.to_dict())
+    return found

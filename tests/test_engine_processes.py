@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +449,5 @@ def test_record_hands_signals_to_its_command(tmp_path, number):
         text=True,
     )
     assert "up\n" == process.stdout.readline()
-    began = time.monotonic()
     process.send_signal(number)
-    assert 3 == process.wait(timeout=30)
-    assert time.monotonic() - began < 30  # it did not sleep to the end
+    assert 3 == process.wait(timeout=30)  # it did not sleep to the end

@@ -13,7 +13,8 @@ from vllm_trace import growing
 from vllm_trace.errors import TraceError
 from vllm_trace.events import SCHEMA_VERSION, BlocksTaken
 from vllm_trace.growing import GrowingFile, GrowingTrace
-from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile, TraceWriter, seal
+from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile
+from vllm_trace.tracewriter import TraceWriter, seal
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1 << 30, "host": "here"}
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from vllm_trace.events import (
 from vllm_trace.show import SHARED, Filter, pool_columns
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent / "gold"
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1, "host": "here"}
@@ -36,25 +34,31 @@ def shown(follower, width=80, height=40, **more):
     return console.file.getvalue()
 
 
-def test_follow_shows_a_file_that_grows(tmp_path):
-    """The first look finds nothing, the next ones what a writer has added by then."""
+def test_follow_shows_a_file_that_grows(tmp_path, monkeypatch):
+    """The first look finds nothing, the next ones what a writer has added by then, until Ctrl-C."""
     (tmp_path / "trace").mkdir()
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
 
     def grow():
-        time.sleep(0.3)
+        yield
         writer = TraceWriter(tmp_path / "trace/main-1.vtrace", HEADER)
         begun = [BlocksTaken([1, 2]), SlotsAllocated(0, 40, 0, [[1, 2]], [], 6)]
         writer.write([configured(), arrived(0, "a"), *begun])
         for number in range(1, 41):
             writer.write([scheduled(number, [0], [1], 6), updated(number)])
-            time.sleep(0.02)
+            if number % 10 == 0:
+                yield
         writer.close({"dropped": 0, "failures": {}})
+        raise KeyboardInterrupt
 
-    writer = threading.Thread(target=grow)
-    writer.start()
-    live.follow(tmp_path, console, seconds=2, every=0.1)
-    writer.join()
+    growth = grow()
+
+    def look(follower, original=live.Follower.look):
+        next(growth, None)
+        original(follower)
+
+    monkeypatch.setattr(live.Follower, "look", look)
+    live.follow(tmp_path, console, every=0.01)
     told = console.file.getvalue()
     assert "waiting: no .vtrace file" in told
     assert "step 40 " in told

@@ -12,7 +12,8 @@ from vllm_trace.errors import TraceError
 from vllm_trace.replay import MODES, again, replay
 from vllm_trace.replay.segments import OF_WORKERS
 from vllm_trace.trace import Record, Trace, read_trace
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = sorted((Path(__file__).parent / "gold").glob("*.vtrace"))
 

@@ -33,7 +33,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.show import CACHED, FREE, SHARED, column_of, legend, span_of, style_of
-from vllm_trace.state import KVState
+from vllm_trace.state import KVState, computes_prompt
 from vllm_trace.summary import RequestLife, Step
 
 WINDOW = 5.0
@@ -122,9 +122,8 @@ class Engine:
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             life = self._life(request)
             life.num_steps += 1
-            before = self.state.computed.get(request, count) - count
-            known = not self.light or request in event.new or request in event.resumed
-            if before < life.num_prompt_tokens if known else count > 1:
+            before = None if self.light else self.state.computed.get(request, count) - count
+            if computes_prompt(event, request, count, before, life.num_prompt_tokens):
                 step.num_prefill_tokens += count
             else:
                 step.num_decode_tokens += count
@@ -278,9 +277,9 @@ def follow(
 ) -> None:
     """Show the end of a growing trace until Ctrl-C, or for so many seconds."""
     follower = Follower(path)
-    with Screen(console=console, refresh_per_second=4, transient=False) as screen:
+    with Screen(console=console, auto_refresh=False) as screen:
         for _ in _looks(follower, seconds, every):
-            screen.update(view(follower, console.width, console.height, only_map))
+            screen.update(view(follower, console.width, console.height, only_map), refresh=True)
 
 
 def follow_json(

@@ -106,7 +106,7 @@ def start_engine(
         if name not in known:
             raise unknown("engine argument", name, known, "All of them: vllm serve --help=all")
     model = model or str(asked.get("model") or scenario.engine["model"])
-    folder = _model_folder(model)
+    folder = model_folder(model)
     arguments, notes = fit_to_platform(
         STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
@@ -169,7 +169,11 @@ def fit_to_platform(
     return arguments, notes
 
 
-def _model_folder(model: str) -> str:
+def model_folder(model: str) -> str:
+    """A name of ours made a folder; any other is as vLLM takes it.
+
+    Raises: ``UsageError`` for a path that is not there.
+    """
     from vllm_trace import checkpoints
 
     if model in checkpoints.NAMES:

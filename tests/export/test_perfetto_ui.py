@@ -11,7 +11,7 @@ from export import perfetto_ui
 from export.test_perfetto import GOLD, async_trace, timeline
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 pytestmark = [
     pytest.mark.timeout(300),

@@ -21,7 +21,8 @@ from vllm_trace.invariants.checking import check_all
 from vllm_trace.invariants.judgements import exit_code
 from vllm_trace.invariants.registry import choose, describe
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent.parent / "gold"
 BUILT_IN = [one.id for one in choose() if one.built_in]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from invariants import faults
+from invariants import faults, make_doc
 from vllm_trace.invariants.registry import choose
 
 IDS = [one.id for one in faults.FAULTS]
@@ -45,6 +45,6 @@ def test_the_failed_equation_is_in_the_message(caught):
 
 @pytest.mark.parametrize("mark", ["rules", "faults"])
 def test_the_tables_of_the_document_are_current(caught, mark):
-    made = faults.rules_table() if mark == "rules" else faults.table(caught.values())
-    held = faults.between(faults.DOC.read_text(), mark)
-    assert made == held, "make it anew: .venv/bin/python tests/invariants/faults.py"
+    made = make_doc.rules_table() if mark == "rules" else make_doc.table(caught.values())
+    held = make_doc.DOC.read_text()
+    assert make_doc.fill(held, **{mark: made}) == held, make_doc.AGAIN

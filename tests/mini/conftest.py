@@ -30,11 +30,6 @@ def hypothesis_settings(examples=NUM_EXAMPLES):
 @pytest.fixture(scope="session")
 def real():
     """The names of the installed vLLM that parity tests use, as one namespace."""
-    os.environ.setdefault(
-        "VLLM_LOGGING_LEVEL", "ERROR"
-    )  # before the import: it logs per configuration
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     vllm = pytest.importorskip("vllm", reason=SKIP_REASON)
     return RealVllm(vllm.__version__)
 

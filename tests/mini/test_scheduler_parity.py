@@ -8,15 +8,14 @@ import random
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given  # noqa: E402
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
+from vllm_trace.mini.request import Request, get_request_block_hasher, sha256
+from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
 
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec  # noqa: E402
-from vllm_trace.mini.request import Request, get_request_block_hasher, sha256  # noqa: E402
-from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig  # noqa: E402
-
-from .conftest import hypothesis_settings, state_of_mini, state_of_real  # noqa: E402
+from .conftest import hypothesis_settings, state_of_mini, state_of_real
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 128

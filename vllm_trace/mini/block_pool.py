@@ -55,8 +55,7 @@ class KVCacheBlock:
         self.block_hash: Hashable | None = None  # set while the block is full and findable
         self.group_id = 0  # of the hash: one hash names different blocks in different groups
         self.is_null = False
-        self.prev_free_block: KVCacheBlock = self
-        self.next_free_block: KVCacheBlock = self
+        self.prev_free_block = self.next_free_block = self
 
     def __repr__(self) -> str:
         return (

@@ -88,11 +88,11 @@ def replay(trace: Trace, mode: str, release: str = "") -> Replayed:
     engines = Engines()
     drivers = engines.drivers
     for segment in segments(trace):
-        _, process, events = segment
+        _, process, events, kinds = segment
         result.num_events += len(events)
         if result.not_judged or result.divergence:
             result.num_consumed += type(events[0]) is BackendSelected
-        elif process in drivers and type(events[-1]) in ENDS:
+        elif process in drivers and kinds[-1] in ENDS:
             _run(drivers[process], segment, result, trace, engines)
         else:
             _take_apart(segment, result, trace, engines)

@@ -78,8 +78,7 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        events, told = segment.events, self.told
-        kinds = [*map(type, events)]
+        events, kinds, told = segment.events, segment.kinds, self.told
         try:
             self.begin(segment)
             for place, act in enumerate(map(self.acts.get, kinds)):

@@ -44,6 +44,7 @@ class Segment(NamedTuple):
     """Of the events: a range, or a list."""
     process: int
     events: list[Event]
+    kinds: list[type[Event]]
 
 
 def segments(trace: Trace) -> Iterator[Segment]:
@@ -61,13 +62,14 @@ def _of_several(trace: Trace) -> Iterator[Segment]:
     for number, process, event in trace.records():
         kind = type(event)
         if kind in OF_WORKERS:
-            yield Segment([number], process, [event])
+            yield Segment([number], process, [event], [kind])
             continue
         if kind in ALONE and process in waiting:
             yield waiting.pop(process)
-        segment = waiting.setdefault(process, Segment([], process, []))
+        segment = waiting.setdefault(process, Segment([], process, [], []))
         segment.numbers.append(number)
         segment.events.append(event)
+        segment.kinds.append(kind)
         if kind in ENDS or kind in ALONE:
             yield waiting.pop(process)
     yield from waiting.values()
@@ -84,17 +86,20 @@ def _of_one_process(trace: Trace) -> Iterator[Segment]:
             continue  # whatever was captured made no event
         kinds = [*map(type, events)]
         if kinds[-1] is StepUpdated and kinds.count(StepUpdated) == 1 and ALONE.isdisjoint(kinds):
-            cuts = [len(events)]
-        else:
-            cuts = _cuts(kinds)
+            yield Segment(range(first, first + len(events)), 0, events, kinds)
+            first += len(events)
+            waiting = []
+            continue
         start = 0
-        for cut in cuts:
-            yield Segment(range(first + start, first + cut), 0, events[start:cut])
+        for cut in _cuts(kinds):
+            numbers = range(first + start, first + cut)
+            yield Segment(numbers, 0, events[start:cut], kinds[start:cut])
             start = cut
         first += start
         waiting = events[start:]
     if waiting:
-        yield Segment(range(first, first + len(waiting)), 0, waiting)
+        numbers = range(first, first + len(waiting))
+        yield Segment(numbers, 0, waiting, [*map(type, waiting)])
 
 
 def _cuts(kinds: list[type[Event]]) -> list[int]:

@@ -35,7 +35,6 @@ from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
 
-
 OF_A_STEP = ("calls without a block", "free blocks")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from vllm_trace.mini.block_pool import Tell
 from vllm_trace.mini.request import Request, RequestStatus
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
-from vllm_trace.replay.steady import Steady
+from vllm_trace.replay.steady import Member, Steady
 from vllm_trace.replay.steady_manager import SteadyManager
 
 rank_of = attrgetter("rank")
@@ -55,22 +55,23 @@ class SteadyScheduler(Scheduler):
         if steady.num_scheduled > steady.num_updated and not self.one_by_one:
             self.one_by_one = True  # steps overlap without async scheduling (pipelines)
             self._wake_all()
-        elif planned and not self.waiting and self._all_decode(self.config.max_num_batched_tokens):
-            self._call_due()
-            return self._repeat(planned)
+        elif planned and not self.waiting:
+            due = steady.due()
+            if self._all_decode(self.config.max_num_batched_tokens, due):
+                self._call_each(due)
+                return self._repeat(planned)
         return super().schedule()
 
-    def _all_decode(self, token_budget: int) -> bool:
+    def _all_decode(self, token_budget: int, due: list[Member]) -> bool:
         """Whether all that run only decode, and nobody can be refused."""
         members = self.steady.members
         return (
             len(members) == len(self.running)
             and len(members) <= token_budget
-            and len(self.steady.due()) * self._num_groups <= self._queue.num_free_blocks
+            and len(due) * self._num_groups <= self._queue.num_free_blocks
         )
 
-    def _call_due(self) -> None:
-        due = self.steady.due()
+    def _call_each(self, due: list[Member]) -> None:
         if len(due) > 1:
             due.sort(key=rank_of)
         for member in due:
@@ -95,17 +96,20 @@ class SteadyScheduler(Scheduler):
         if self.one_by_one:
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
-        if not self._all_decode(token_budget):
-            return self._schedule_apart(output, token_budget, threshold)
+        due = self.steady.due()
+        if not self._all_decode(token_budget, due):
+            return self._schedule_apart(output, token_budget, threshold, due)
         planned = self._ones or self._all_ones()
         output.num_scheduled_tokens = planned.copy() if self.waiting else planned
         self._awake = {}
-        self._call_due()
+        self._call_each(due)
         return token_budget - len(planned)
 
-    def _schedule_apart(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
+    def _schedule_apart(
+        self, output: SchedulerOutput, token_budget: int, threshold: int, due: list[Member]
+    ) -> int:
         """Beside the steady ones others run, or somebody may be refused: then nobody is passed over."""
-        members, due = self.steady.members, self.steady.due()
+        members = self.steady.members
         others: dict[Any, int] = {
             request.request_id: self._wanted_tokens(request, token_budget, threshold)
             for request in self.running

@@ -46,7 +46,10 @@ ROOMS = {
         ["rich"],
     ),
     "runner": (["checkpoints", "errors", "hooks", "options", "scenario"], []),
-    "show": (["errors", "events", "naming", "render", "state", "summary", "trace"], ["msgspec", "rich"]),
+    "show": (
+        ["errors", "events", "naming", "render", "state", "summary", "trace"],
+        ["msgspec", "rich"],
+    ),
     "state": (["events"], []),
     "tables": (["events"], []),
     "trace": (["errors", "events", "tracefile"], ["zstandard"]),

@@ -68,8 +68,13 @@ class SteadyScheduler(Scheduler):
         return (
             len(members) == len(self.running)
             and len(members) <= token_budget
-            and len(due) * self._num_groups <= self._queue.num_free_blocks
+            and self._num_growing(due) * self._num_groups <= self._queue.num_free_blocks
         )
+
+    def _num_growing(self, due: list[Member]) -> int:
+        """How many of them need a block: the others' last block is full with this token."""
+        block_size = self.kv_cache_manager.block_size
+        return sum([member.held.quiet_until % block_size == 0 for member in due])
 
     def _call_each(self, due: list[Member]) -> None:
         if len(due) > 1:
@@ -116,7 +121,7 @@ class SteadyScheduler(Scheduler):
             if request.request_id not in members
         }
         left = token_budget - len(members) - sum(others.values())
-        if left < 0 or not self._all_fit(len(due), others):
+        if left < 0 or not self._all_fit(self._num_growing(due), others):
             self._wake_all()
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
@@ -135,7 +140,7 @@ class SteadyScheduler(Scheduler):
         return self._ones
 
     def _all_fit(self, num_blocks: int, others: Mapping[Any, int]) -> bool:
-        """Whether the pool has as many blocks (one for each that is due) and what the others need."""
+        """Whether the pool has as many blocks (one for each that grows) and what the others need."""
         manager = self.kv_cache_manager
         for key, num_tokens in others.items():
             if not num_tokens:

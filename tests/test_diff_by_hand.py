@@ -21,6 +21,7 @@ from vllm_trace.cli import main
 from vllm_trace.diff import diff
 from vllm_trace.diff.align import Renaming
 from vllm_trace.diff.tokens import ownership
+from vllm_trace.diff.words import render
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     BlocksTaken,
@@ -71,6 +72,21 @@ def test_a_renaming_that_is_not_one_to_one_diverges(tmp_path):
     a = written(tmp_path / "a", work())
     found = compared(a, edited(written(tmp_path / "x", work()), tmp_path / "b", other))
     assert ("order", 13) == (found.divergence.kind, found.divergence.a.event)
+    assert "block 1 of A was block 1 of B so far, and is 7 here" == found.divergence.note
+
+
+def test_what_reads_the_same_and_means_another_block_is_said(tmp_path):
+    """Blocks are taken under other names, and then one is called by A's name."""
+
+    def other(events):
+        events[3].blocks[0] = 9
+
+    a = written(tmp_path / "a", work())
+    found = compared(a, edited(written(tmp_path / "x", work()), tmp_path / "b", other))
+    first = found.divergence
+    assert first.a.said == first.b.said
+    assert "block 1 of A was block 9 of B so far, and is 1 here" == first.note
+    assert first.note in render(found)
 
 
 def test_renaming():

@@ -274,7 +274,7 @@ def test_names(tmp_path):
     ]  # fmt: skip
     folder = written(tmp_path, events)
     assert "chat-2-0a1b2c3e" == story(folder, "chat-2").request
-    with pytest.raises(UsageError, match="2 requests are called 'chat'"):
+    with pytest.raises(UsageError, match="'chat' may be any of 2 requests: chat-1-0a1b2c3d"):
         story(folder, "chat")
     with pytest.raises(UsageError, match="did you mean 'twice'"):
         story(folder, "twoce")

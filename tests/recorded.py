@@ -84,6 +84,18 @@ def edited(
     return written(folder, events if changed is None else changed, **trace.header, **more)
 
 
+def torn(source: Path, folder: Path) -> Path:
+    """The first half of the trace's file, cut off within one of many frames."""
+    trace, path = read_trace(source), folder / f"torn{SUFFIX}"
+    writer = TraceWriter(path, trace.header, tail_size=16384)
+    for batch in trace.files[0].batches():
+        writer.write(batch)
+    writer.close({})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
 def find(source: Path | Trace, kind: type[Event], **fields: Any) -> tuple[int, Any]:
     """(number, event) of the first event of that type with these values."""
     trace = read_trace(source) if isinstance(source, Path) else source

@@ -19,6 +19,7 @@ ROOMS = {
     "extending": (["errors"], []),
     "errors": ([], []),
     "documents": ([], []),
+    "writing": ([], []),
     "options": (["errors"], []),
     "packing": (["events"], ["msgspec"]),
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
@@ -62,10 +63,24 @@ ROOMS = {
     "growing": (["errors", "events", "trace", "tracefile"], ["zstandard"]),
     "live": (["errors", "events", "growing", "render", "show", "state", "summary"], ["rich"]),
     "learn": (
-        ["errors", "events", "hooks", "mini", "scenarios", "state", "trace", "tracewriter"],
+        [
+            "decode_rule",
+            "errors",
+            "events",
+            "hooks",
+            "mini",
+            "scenarios",
+            "state",
+            "trace",
+            "tracewriter",
+            "writing",
+        ],
         ["tomli", "tomllib"],
     ),
-    "invariants": (["errors", "events", "extending", "trace", "tracefile"], ["pytest"]),
+    "invariants": (
+        ["errors", "events", "extending", "trace", "tracefile"],
+        ["packaging", "pytest"],
+    ),
     "export": (
         [
             "__init__",
@@ -78,6 +93,7 @@ ROOMS = {
             "state",
             "trace",
             "tracefile",
+            "writing",
         ],
         [
             "duckdb",
@@ -122,6 +138,7 @@ ROOMS = {
             "state",
             "summary",
             "trace",
+            "writing",
         ],
         ["jinja2", "msgspec"],
     ),

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import configured, run_cli, write_trace
@@ -144,6 +145,33 @@ def test_rates_are_those_of_the_last_seconds_and_fall_to_nothing(tmp_path):
     assert (4.0, 12.0, 121) == (told["steps_per_s"], told["tokens_per_s"], told["step"])
     assert 0 == follower.to_dict(now=60.0)["engines"][0]["steps_per_s"]
     writer.close({})
+
+
+def test_a_look_that_takes_long_still_tells_a_rate_and_is_not_waited_for_as_long_again(
+    tmp_path, monkeypatch
+):
+    """On a busy machine a look takes seconds, in which the engine has not been idle."""
+    clock, naps = [100.0], []
+    events = [configured(), arrived(0, "a")]
+    for number in range(1, 5):
+        events += [scheduled(number, [0], [1], 6), updated(number)]
+        events[-2].started_ns = number * 500_000_000
+    write_trace(tmp_path, "main", 1, [events])
+
+    def new_events(trace, original=live.GrowingTrace.new_events):
+        yield from original(trace)
+        clock[0] += 9
+
+    def nap(seconds):
+        naps.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live.GrowingTrace, "new_events", new_events)
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=nap))
+    looks = []
+    live.follow_json(tmp_path, looks.append)
+    assert [2.0, 0.0] == [look["engines"][0]["steps_per_s"] for look in looks]
+    assert [live.LONGEST_PAUSE] == naps
 
 
 def test_a_large_pool_fits_a_small_screen(tmp_path):

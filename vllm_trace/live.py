@@ -39,6 +39,9 @@ from vllm_trace.summary import RequestLife, Step
 WINDOW = 5.0
 """Seconds that rates are taken over."""
 
+LONGEST_PAUSE = 2.0
+"""Seconds between two looks, however long the last one took."""
+
 KEPT_STEPS = 64
 """Steps that are remembered, for what workers tell of them later."""
 
@@ -207,9 +210,9 @@ class Follower:
 
     def look(self, now: float | None = None) -> None:
         """Read what is new."""
-        now = time.monotonic() if now is None else now
         self.problem = ""
         worked: list[Event] = []
+        fresh: dict[int, Engine] = {}
         try:
             for file, event in self.trace.new_events():
                 self.num_events += 1
@@ -219,9 +222,12 @@ class Follower:
                 engine = self._engine(file, event)
                 if engine is not None:
                     engine.take(event)
-                    engine.news = now
+                    fresh[id(engine)] = engine
         except (TraceError, OSError) as error:
             self.problem = str(error)
+        # By the end of the reading, which may take longer than an engine that is idle is waited for.
+        for engine in fresh.values():
+            engine.news = time.monotonic() if now is None else now
         for path in [path for path in self.engines if path not in self.trace.files]:
             del self.engines[path]
         # Of several engines it is not known whose step a worker tells of: each counts from 1.
@@ -299,8 +305,8 @@ def _looks(follower: Follower, seconds: float, every: float) -> Iterator[None]:
             began = time.monotonic()
             follower.look()
             yield
-            # The first look at a long trace takes a while: no more than a fifth of a core goes into it.
-            pause = max(every, 4 * (time.monotonic() - began))
+            # No more than a fifth of a core goes into it; but the next look must not have more to read each time.
+            pause = max(every, min(4 * (time.monotonic() - began), LONGEST_PAUSE))
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
     except KeyboardInterrupt:
         pass

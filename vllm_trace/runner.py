@@ -215,7 +215,7 @@ def stop_engine(llm: Any) -> None:
 def warnings_of(log: Path) -> list[str]:
     """What this package itself said while stderr went to the log."""
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     return [line for line in lines if line.startswith("vllm-trace:")]
@@ -345,7 +345,7 @@ def no_gc() -> Iterator[None]:
 
 def _lines_of(log: Path) -> list[str]:
     """Without torch's warnings that Triton is absent and the like: ``W1121 08:16:03.8 …``."""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line for line in lines if not re.match(r"[IW]\d{4} \d\d:", line)]
 
 

@@ -1,9 +1,32 @@
-"""Spans of a trace, by their requests."""
+"""Spans of a trace, by their requests; and the events of one request."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import recorded
+
 from vllm_trace.export import attributes as a
 from vllm_trace.export.span import Span
+
+CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+"""What a client sends as ``traceparent``."""
+
+
+def one_request(**arrival: Any) -> list[Any]:
+    """Two steps of a request of 6 tokens; ``arrival`` is more of what it came with."""
+    made = [
+        recorded.engine(),
+        recorded.arrived(0, "r", 6, **arrival),
+        *recorded.admitted(0, 6, [1, 2], free=6),
+        recorded.step(1, [0], [6], free=6, new=[0]),
+        recorded.updated(1, [[7]]),
+        recorded.step(2, [0], [1], free=6),
+        recorded.updated(2, [[8]]),
+        *recorded.ended(0, [1, 2]),
+    ]
+    made[-1].at_ns, made[-1].num_output_tokens = 26, 2
+    return made
 
 
 def roots(found: list[Span]) -> dict[str, Span]:

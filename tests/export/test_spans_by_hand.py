@@ -13,7 +13,7 @@ from helpers import write_trace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.span_trees import assert_trees, children, roots
+from export.span_trees import CLIENT, assert_trees, children, one_request, roots
 from vllm_trace.events import (
     EVENT_TYPES,
     AttentionCalled,
@@ -44,24 +44,6 @@ WORKER_EVENTS = (StepExecuted, StepSampled, AttentionPlanned, AttentionCalled)
 def by_hand(folder: Path, events: list[Any], options: Any = None, **header: Any) -> list[Span]:
     path = recorded.written(folder, events, **header)
     return list(spans(read_trace(path), SpanFold(**(options or {}))))
-
-
-def one_request(**arrival: Any) -> list[Any]:
-    made = [
-        recorded.engine(),
-        recorded.arrived(0, "r", 6, **arrival),
-        *recorded.admitted(0, 6, [1, 2], free=6),
-        recorded.step(1, [0], [6], free=6, new=[0]),
-        recorded.updated(1, [[7]]),
-        recorded.step(2, [0], [1], free=6),
-        recorded.updated(2, [[8]]),
-        *recorded.ended(0, [1, 2]),
-    ]
-    made[-1].at_ns, made[-1].num_output_tokens = 26, 2
-    return made
-
-
-CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_the_clients_trace_is_continued(tmp_path):

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.export.receiver import Inbox, closed_port, grpc_receiver, half_open, http_receiver
+from export.receiver import Inbox, closed_port, grpc_receiver, half_open, http_receiver
 from vllm_trace import sidecar
 from vllm_trace.errors import UsageError
 from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, StepScheduled

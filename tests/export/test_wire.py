@@ -16,7 +16,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link as SdkLink
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from tests.export.receiver import value
+from export.receiver import value
 from vllm_trace.export import wire
 from vllm_trace.export.span import SERVER, Link, Resource, Span, SpanEvent
 from vllm_trace.export.spans import SpanFold, spans

@@ -5,14 +5,13 @@ import json
 
 import pytest
 from helpers import run_cli
-from recorded import admitted, arrived, engine, step, updated, written
+from recorded import admitted, arrived, engine, step, torn, updated, written
 
 from report.conftest import GOLD
 from report.test_report import HOSTILE, hostile, secret
 from vllm_trace import report, show
 from vllm_trace.events import BlocksFreed, BlocksTaken, KVGroup, SlotsAllocated
 from vllm_trace.trace import read_trace
-from vllm_trace.tracewriter import TraceWriter
 
 ROOT = GOLD.parent.parent
 
@@ -88,15 +87,7 @@ def test_tokens_are_shown_when_asked_for_only(tmp_path, browse):
 
 
 def test_a_truncated_trace_is_marked_at_the_top(tmp_path, browse):
-    trace = read_trace(GOLD / "mixed.vtrace")
-    events = list(trace.events())
-    path = tmp_path / "cut.vtrace"
-    writer = TraceWriter(path, trace.header, tail_size=16384)
-    for first in range(0, len(events), 40):
-        writer.write(events[first : first + 40])
-    writer.close({})
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
+    path = torn(GOLD / "mixed.vtrace", tmp_path)
     seen = browse(saved(path, tmp_path))
     assert "truncated (torn frame" in seen.text("#problems")
     columns = list(show.pool_columns(read_trace(path), show.Filter()))

@@ -81,11 +81,13 @@ class Names:
         """The first value of two facts that stood for another one before, in words; empty when there is none."""
         if pair.a is None or pair.b is None:
             return ""
-        flat = [[block for row in fact.blocks for block in row] for fact in (pair.a, pair.b)]
-        for what, renaming, a, b in (
-            ("block", self.blocks, *flat),
+        flat_a = [block for row in pair.a.blocks for block in row]
+        flat_b = [block for row in pair.b.blocks for block in row]
+        both = (
+            ("block", self.blocks, flat_a, flat_b),
             ("hash", self.hashes, pair.a.hashes, pair.b.hashes),
-        ):
+        )
+        for what, renaming, a, b in both:
             for left, right in zip(a, b):
                 in_b, in_a = renaming.to_b.get(left, right), renaming.to_a.get(right, left)
                 if in_b != right:

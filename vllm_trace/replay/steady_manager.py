@@ -56,7 +56,7 @@ class SteadyManager(KVCacheManager):
                 table.append(block)
                 held.quiet_until = num_slots + self.block_size - 1
                 if self.tell is not None:
-                    key, ids = request.request_id, [[block.block_id]]
-                    self.tell(("slots.allocated", key, 1, 0, ids, queue.num_free_blocks))
+                    key, given = request.request_id, [[block.block_id]]
+                    self.tell(("slots.allocated", key, 1, 0, given, queue.num_free_blocks))
                 return True
         return self.allocate_slots(request, 1) is not None

@@ -24,19 +24,21 @@ reader knows that it has those batches already. The tail goes away when the file
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Union
 
 import msgspec
 import zstandard
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
+    EVENT_TYPES,
     SCHEMA_VERSION,
     AnyEvent,
     EngineConfigured,
@@ -77,7 +79,21 @@ _STEADY_MIDDLES = {
     kept: bytes([kept & 0xFF, 0x94, tag_of(StepUpdated), 0xCE]) for kept in range(-1, 128)
 }
 
-decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+Decode = Callable[[Any], list[Any]]
+
+decode_batch: Decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+
+
+@functools.cache
+def decoder_without(*kinds: type[Event]) -> Decode:
+    """Like ``decode_batch``, for a reader that passes these kinds by: of each such event only its place is left."""
+    told = [one for one in EVENT_TYPES if one not in kinds]
+    silent = [
+        msgspec.defstruct(one.__name__, [], tag=tag_of(one), array_like=True, gc=False)
+        for one in kinds
+    ]
+    return msgspec.msgpack.Decoder(list[Union[tuple(told + silent)]]).decode  # type: ignore[misc]  # noqa: UP007
+
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -436,17 +452,19 @@ class TraceFile:
             )
         return header
 
-    def batches(self) -> Iterator[list[Event]]:
+    def batches(self, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         """Yield the events of one flush after the other, holding one frame at a time.
+
+        ``decode`` may be one of ``decoder_without``.
 
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
         for raw in self.frames():
-            yield from self._decode_frame(raw)
+            yield from self._decode_frame(raw, decode)
         for body in self.tail():
             try:
-                batch = decode_batch(body)
+                batch = decode(body)
             except UNREADABLE:
                 return
             yield self._whole(batch)
@@ -524,14 +542,14 @@ class TraceFile:
         killed = self.footer.get("ended") == "killed"
         self.truncated = "the process was killed" if killed else ""
 
-    def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
+    def _decode_frame(self, raw: bytes, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
         while position < len(raw):
             try:
                 (size,) = SIZE.unpack_from(view, position)
                 if size > len(raw) - position - 4:
                     raise struct.error(f"a batch claims {size} bytes")
-                batch = decode_batch(view[position + 4 : position + 4 + size])
+                batch = decode(view[position + 4 : position + 4 + size])
             except (struct.error, *UNREADABLE) as error:
                 raise TraceError(
                     f"{self.path} is damaged after event {self.num_events}: {error}"

@@ -31,7 +31,7 @@ from vllm_trace.events import (
 from vllm_trace.export import attributes as a
 from vllm_trace.export.prefix import PrefixHistory
 from vllm_trace.export.request_spans import Life
-from vllm_trace.export.span import Resource, Span, SpanEvent, Traceparent
+from vllm_trace.export.span import Emit, Resource, SpanEvent, Traceparent
 from vllm_trace.export.step_log import StepLog
 from vllm_trace.export.step_spans import Step, StepIds, emit_step
 from vllm_trace.state import NULL_BLOCK
@@ -46,6 +46,9 @@ LAG = 4
 
 MAX_OPEN_STEPS = 256
 """Steps without results that are waited for."""
+
+MAX_LAYER_LISTS = 64
+"""Lists of layers whose groups are remembered; a model has one or two."""
 
 NAMES_KEPT = 4096
 """Names of finished requests that can still be somebody's taker."""
@@ -69,7 +72,7 @@ class Engine:
         resource: Resource,
         offset: int,
         light: bool,
-        emit: Callable[[Span], None],
+        emit: Emit,
         sampler: Sampler,
         *,
         host: str = "",
@@ -113,6 +116,7 @@ class Engine:
         self._last_step = 0
         self._emitted_step = 0
         self._groups: dict[int, int] = {}
+        self._groups_of: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         self.late = 0
         """Facts of workers that came when their step had been emitted."""
 
@@ -130,9 +134,18 @@ class Engine:
             self.num_requests += 1
         return life
 
-    def group_of(self, layer: int) -> int:
-        """KV-cache group of a layer, by its number in the model; 0 when it is not known."""
-        return self._groups.get(layer, 0)
+    def groups_of(self, layers: list[int]) -> list[tuple[int, list[int]]]:
+        """(KV-cache group, places in ``layers`` of its own); a layer that is not known is in group 0."""
+        key = tuple(layers)
+        found = self._groups_of.get(key)
+        if found is None:
+            places: dict[int, list[int]] = {}
+            for place, layer in enumerate(layers):
+                places.setdefault(self._groups.get(layer, 0), []).append(place)
+            if len(self._groups_of) >= MAX_LAYER_LISTS:
+                self._groups_of.clear()
+            found = self._groups_of[key] = [*places.items()]
+        return found
 
     def sees(self, request_id: str) -> bool:
         """Whether a request of that name is here: a worker that knows it is one of this engine's."""
@@ -150,6 +163,7 @@ class Engine:
             for place, group in enumerate(event.groups)
             for name in group.layers
         }
+        self._groups_of.clear()
         self._free = event.num_blocks - 1
         self.last_ns = max(self.last_ns, event.at_ns)
 
@@ -165,10 +179,10 @@ class Engine:
         self.history.arrived(event)
 
     def looked_up(self, event: PrefixLookedUp) -> None:
-        miss = self.history.looked_up(event)
+        lookup = self.history.looked_up(event)
         life = self.lives.get(event.request)
         if life is not None:
-            life.lookup = (event, miss)
+            life.lookup = lookup
             life.num_lookups += 1
             life.goal = event.num_tokens
 
@@ -199,6 +213,7 @@ class Engine:
 
     def refused(self, event: SlotsRefused) -> None:
         self._refused = event.request
+        self.history.refused(event.request)
         self._pending.append((Life.refuse, event.request, event))
         self._free = event.num_free_blocks
 
@@ -232,7 +247,7 @@ class Engine:
     def step(self, number: int) -> Step:
         found = self.steps.get(number)
         if found is None:
-            found = self.steps[number] = Step(number, self.step_ids.link(number))
+            found = self.steps[number] = Step(number, self.step_ids)
         return found
 
     def worked(self, process: Any, event: Any) -> None:
@@ -240,7 +255,7 @@ class Engine:
         if event.step <= self._emitted_step and event.step not in self.steps:
             self.late += 1
             return
-        self.step(event.step).parts.append((process, event))
+        self.step(event.step).parts.setdefault(process, []).append(event)
 
     def scheduled(self, event: StepScheduled) -> None:
         at = event.started_ns
@@ -266,35 +281,37 @@ class Engine:
         self.in_flight[event.step] = self.log.append(made)
 
     def _compose(self, step: Step, event: StepScheduled) -> None:
-        """A step unlike the one before: look at each of its requests."""
-        at, link = event.started_ns, step.link
-        before = self._batch
-        batch = self._batch = {}
-        joining: list[Life] = []
+        """A step unlike the one before: look at each request that did not decode in that."""
+        link, batch = step.link, self._batch
         requests, counts = event.requests or (), event.num_tokens or ()
+        num_staying = len(requests)
+        joining: list[Life] = []
         for place, request in enumerate(requests):
-            life = before.pop(request, None)
-            if life is None:
-                life = self._life(request, at)
-                if life.waiting:
-                    life.admit(at)
-                if not life.decode_id and self._computes_prompt(event, life, counts[place]):
-                    step.prefill_tokens += counts[place]
-                    step.chunks.append(life.schedule(event, place, counts[place], link))
-                    continue
+            if request in batch:
+                continue
+            num_staying -= 1
+            life = self._life(request, event.started_ns)
+            if life.waiting:
+                life.admit(event.started_ns)
+            if not life.decode_id and self._computes_prompt(event, life, counts[place]):
+                step.prefill_tokens += counts[place]
+                step.chunks.append(life.schedule(event, place, counts[place], link))
+            else:
                 joining.append(life)
-            batch[request] = life
         step.decode_tokens = sum(counts) - step.prefill_tokens
         end = self.log.end
-        if batch:
-            self._log(step, event)
+        if len(batch) > num_staying:
+            staying = set(requests)
+            for request in [request for request in batch if request not in staying]:
+                batch.pop(request).leave_range(end)
         for life in joining:
             if not life.decode_id:
                 life.begin_decode(event)
                 self._decodes.append((end, life, life.decode_id))
             life.open = end
-        for life in before.values():
-            life.leave_range(end)
+            batch[life.number] = life
+        if batch:
+            self._log(step, event)
         whole = batch and not step.chunks
         self._batch_of = (event.requests, event.num_tokens) if whole else None
         for request in (*event.new, *event.resumed, *event.preempted):
@@ -429,7 +446,7 @@ class Engine:
         self._emitted_step = max(self._emitted_step, step.number)
         self.in_flight.pop(step.number, None)
         if self.sampler(step.link.trace_id, None):
-            emit_step(step, self.step_ids, self)
+            emit_step(step, self)
 
     # Ends -----------------------------------------------------------------------------
 
@@ -468,7 +485,7 @@ class Engine:
             for chunk in step.chunks:
                 known = self.lives.get(chunk.life.number)
                 if known is not None and known is chunk.life:
-                    known.end_chunk(chunk, self.last_ns, None, **{a.INCOMPLETE: True})
+                    known.end_chunk(chunk, self.last_ns, None, True)
             step.chunks = []
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)

@@ -26,8 +26,22 @@ Lost = list[Any]
 """[cause, request that took the block or -1]: what the hashes lost in one call have in common."""
 
 
+class Lookup:
+    """One ``get_computed_blocks`` of a request."""
+
+    __slots__ = ("event", "miss")
+
+    def __init__(self, event: PrefixLookedUp) -> None:
+        self.event = event
+        self.miss: Miss | None = None
+        """Known once it is judged."""
+
+
 class PrefixHistory:
     """Which hashes one engine has, had and lost. A key is a hash, with its KV-cache group above it.
+
+    A lookup is judged when something changes in the cache, and not at all when ``allocate_slots``
+    refused its request: a waiting request looks up again in each step.
 
     Leaves out: whether the same tokens lie there under another salt or LoRA, which takes token ids.
     """
@@ -43,12 +57,15 @@ class PrefixHistory:
         """The one first lost comes first, and is the first to be forgotten."""
         self.hashes: dict[int, list[int]] = {}
         """Of each unfinished request, in order."""
+        self._asked: Lookup | None = None
+        """Not judged yet."""
         self._story: Lost = ["evicted", -1]
         self._evicting = False
         self._forgot = False
 
     def configured(self, event: EngineConfigured) -> None:
         """A new pool: nothing is cached."""
+        self.judge()
         self.config = event
         self.cached.clear()
         self.of_block.clear()
@@ -63,6 +80,8 @@ class PrefixHistory:
 
     def blocks_cached(self, event: BlocksCached) -> None:
         """Blocks got a hash."""
+        if self._asked is not None:
+            self.judge()
         above = event.group << 64
         cached, of_block = self.cached, self.of_block
         for block, block_hash in zip(event.blocks, event.hashes):
@@ -78,6 +97,8 @@ class PrefixHistory:
 
     def block_evicted(self, event: BlockEvicted) -> None:
         """A block lost its hashes; who takes it is known at the next ``took``."""
+        if self._asked is not None:
+            self.judge()
         self._evicting = True
         self._lose(event.block, self._story)
 
@@ -105,7 +126,9 @@ class PrefixHistory:
             self._forgot = True
 
     def took(self, request: int) -> None:
-        """``allocate_slots`` returned: what was evicted since the last one was evicted for it."""
+        """``allocate_slots`` gave: what was evicted since the last one was evicted for it."""
+        if self._asked is not None:
+            self.judge()
         if self._evicting:
             self._story[1] = request
             self._story = ["evicted", -1]
@@ -113,23 +136,37 @@ class PrefixHistory:
 
     def reset(self) -> None:
         """``reset_prefix_cache``: everything was forgotten."""
+        self.judge()
         story: Lost = ["reset", -1]
         self.lost.update(dict.fromkeys(self.cached, story))
         self.cached.clear()
         self.of_block.clear()
         self._forget()
 
-    def looked_up(self, event: PrefixLookedUp) -> Miss:
-        """Judge one lookup; ``cause`` is a key of ``explain.cache.CAUSES``."""
-        hashes = self.hashes.setdefault(event.request, [])
-        hashes += event.new_hashes
-        config = self.config
-        if config is None:
-            return Miss("unknown", 0, 0)
-        miss = first_miss(event, config)
+    def refused(self, request: int) -> None:
+        """``allocate_slots`` gave nothing: what was looked up for it leads to nothing."""
+        if self._asked is not None and self._asked.event.request == request:
+            self._asked = None
+
+    def looked_up(self, event: PrefixLookedUp) -> Lookup:
+        """Take in a lookup; its ``miss`` is there when it leads to an allocation."""
+        self.judge()
+        if event.new_hashes:
+            self.hashes.setdefault(event.request, []).extend(event.new_hashes)
+        self._asked = Lookup(event)
+        return self._asked
+
+    def judge(self) -> None:
+        """Find the cause of the last lookup; ``cause`` is a key of ``explain.cache.CAUSES``."""
+        asked, self._asked = self._asked, None
+        if asked is None:
+            return
+        if self.config is None:
+            asked.miss = Miss("unknown", 0, 0)
+            return
+        miss = asked.miss = first_miss(asked.event, self.config)
         if not miss.cause:
-            self._examine(miss, hashes, config)
-        return miss
+            self._examine(miss, self.hashes.get(asked.event.request, []), self.config)
 
     def _examine(self, miss: Miss, hashes: list[int], config: EngineConfigured) -> None:
         """Look for the missing block in every group."""

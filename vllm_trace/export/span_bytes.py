@@ -1,0 +1,180 @@
+"""The parts of spans as bytes of OTLP protobuf: attributes, events and links, made straight from values.
+
+An attribute is bytes that were made before, or a head that was, and a number. ``batcher`` puts the
+parts together.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from operator import getitem
+from typing import Any
+
+from vllm_trace.export.span import Form, Link, SpanEvent
+from vllm_trace.export.wire import U64, any_value, field, number
+
+_SPAN_ID = b"\x12\x08"
+_HAS_IS_REMOTE = 0x100
+SAMPLED = 1
+
+_EVENT_TIME = struct.Struct("<BQ")
+_LINK = struct.Struct("<4s16s2s8sBI")
+_LINK_HEAD = bytes([0x6A, _LINK.size - 2, 0x0A, 16])
+_LINK_FLAGS = 0x35
+
+# Attributes -------------------------------------------------------------------------------
+
+MAX_KNOWN = 1 << 13
+"""Values of a name that are remembered."""
+
+LONGEST_NUMBER = 10
+"""Bytes."""
+
+
+class _Elements(dict[Any, bytes]):
+    """Number or text → an element of a list: block ids come again and again."""
+
+    def __missing__(self, value: Any) -> bytes:
+        if len(self) >= 8 * MAX_KNOWN:
+            self.clear()
+        made = self[value] = field(0x0A, any_value(value))
+        return made
+
+
+_element = _Elements().__getitem__
+
+
+class Values(dict[Any, bytes]):
+    """Value of one attribute → the whole field of a repeated ``KeyValue``; of None, nothing.
+
+    A name has values of one type only. Lists are tuples, so that they can be a key.
+    """
+
+    def __init__(self, tag: int, name: str) -> None:
+        super().__init__({None: b""})
+        self._tag, self._key = tag, field(0x0A, name.encode())
+        self._numbers = [
+            self._field(b"\x18" + bytes(size))[:-size] for size in range(1, LONGEST_NUMBER + 1)
+        ]
+        """Size of a number, less one → all that stands before it."""
+        self._lists: dict[int, bytes] = {}
+        """Size of a list → all that stands before it."""
+
+    def _field(self, value: bytes) -> bytes:
+        return field(self._tag, self._key + field(0x12, value))
+
+    def __missing__(self, value: Any) -> bytes:
+        kind = type(value)
+        if kind is int:
+            body = number(value)
+            made = self._numbers[len(body) - 1] + body
+        elif kind is tuple:
+            made = self._list(b"".join(map(_element, value)))
+            if len(value) > 1:
+                return made  # hardly ever the same again
+        else:
+            made = self._field(any_value(value))
+        if len(self) > MAX_KNOWN:
+            self.clear()
+            self[None] = b""
+        self[value] = made
+        return made
+
+    def _list(self, body: bytes) -> bytes:
+        size = len(body)
+        head = self._lists.get(size)
+        if head is None:
+            whole = self._field(field(0x2A, body))
+            head = whole[: len(whole) - size]
+            if len(self._lists) < MAX_KNOWN:
+                self._lists[size] = head
+        return head + body
+
+
+class Together(dict[tuple[Any, ...], bytes]):
+    """Values of attributes that come together → the fields of all of them."""
+
+    def __init__(self, values: tuple[Values, ...]) -> None:
+        super().__init__()
+        self._values = values
+
+    def __missing__(self, values: tuple[Any, ...]) -> bytes:
+        if len(self) >= MAX_KNOWN:
+            self.clear()
+        made = self[values] = b"".join(map(getitem, self._values, values))
+        return made
+
+
+class _Names(dict[str, Values]):
+    """Name of an attribute → its values."""
+
+    def __init__(self, tag: int) -> None:
+        super().__init__()
+        self.tag = tag
+
+    def __missing__(self, name: str) -> Values:
+        made = self[name] = Values(self.tag, name)
+        return made
+
+
+_OF_SPAN, _OF_EVENT = _Names(0x4A), _Names(0x1A)
+
+
+def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...]]:
+    """(name and kind of such a span, what makes bytes of each of its values)."""
+    name = field(0x2A, form.name.encode()) + b"\x30" + number(form.kind)
+    tables: list[dict[Any, bytes]] = []
+    for key in form.keys:
+        if isinstance(key, str):
+            tables.append(_OF_SPAN[key])
+        else:
+            tables.append(Together(tuple([_OF_SPAN[one] for one in key])))
+    form.wire = name, tuple(tables)
+    return form.wire
+
+
+# Spans ------------------------------------------------------------------------------------
+
+
+def event(one: SpanEvent) -> bytes:
+    """``Span.Event`` as a field of the span."""
+    body = b"".join(
+        [
+            _EVENT_TIME.pack(0x09, one.at_ns & U64),
+            _EVENT_NAMES[one.name],
+            *[_OF_EVENT[name][value] for name, value in one.attributes.items()],
+        ]
+    )
+    made = one.wire = b"\x5a" + number(len(body)) + body
+    return made
+
+
+class _EventNames(dict[str, bytes]):
+    """Name of an event → its field."""
+
+    def __missing__(self, name: str) -> bytes:
+        made = self[name] = field(0x12, name.encode())
+        return made
+
+
+_EVENT_NAMES = _EventNames()
+
+
+def link(one: Link) -> bytes:
+    """``Span.Link`` as a field of the span."""
+    return _LINK.pack(
+        _LINK_HEAD, one.trace_id, _SPAN_ID, one.span_id, _LINK_FLAGS, _HAS_IS_REMOTE | SAMPLED
+    )
+
+
+def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped: int) -> bytes:
+    """What few spans have, as fields of the span."""
+    parts = [one.wire or event(one) for one in events]
+    if dropped:
+        parts.append(b"\x60" + number(dropped))
+    parts += map(link, links)
+    if error:
+        # ``Status`` with code ERROR.
+        parts.append(field(0x7A, field(0x12, error.encode("utf-8", "replace")) + b"\x18\x02"))
+    return b"".join(parts)

@@ -14,9 +14,9 @@ from operator import getitem
 from typing import Any
 
 from vllm_trace import __version__
-from vllm_trace.export.span import Form, Link, Resource, SpanEvent
+from vllm_trace.export.span import U64, Form, Link, Resource, SpanEvent
 from vllm_trace.export.span_bytes import more, wire_of
-from vllm_trace.export.wire import SMALL, U64, number, request, resource_spans
+from vllm_trace.export.wire import SMALL, number, request, resource_spans
 
 SCOPE = ("vllm_trace", __version__)
 MAX_SPANS = 512
@@ -93,7 +93,7 @@ class Batcher:
                 resource, form, trace_id, span_id, parent_id, *times, values, events, links, error,
                 remote_parent, dropped_events,
             )  # fmt: skip
-        made = b"".join([head, name, *map(getitem, tables, values)])
+        made = b"".join([head, name, *map(getitem, tables, values)]) if values else head + name
         if events or links or error or dropped_events:
             made += more(events, links, error, dropped_events)
         size = len(made)

@@ -28,7 +28,7 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.export import attributes as a
+from vllm_trace.export.forms import STEP
 from vllm_trace.export.prefix import PrefixHistory
 from vllm_trace.export.request_spans import Life
 from vllm_trace.export.span import Emit, Resource, SpanEvent, Traceparent
@@ -43,6 +43,9 @@ MAX_DECODE_STEPS = 1024
 
 LAG = 4
 """Steps whose results are in wait for so many later ones: a worker's facts may come after."""
+
+AT_ONCE = 16
+"""Steps that are emitted one after the other: looking after each step what can go costs more."""
 
 MAX_OPEN_STEPS = 256
 """Steps without results that are waited for."""
@@ -247,7 +250,7 @@ class Engine:
     def step(self, number: int) -> Step:
         found = self.steps.get(number)
         if found is None:
-            found = self.steps[number] = Step(number, self.step_ids)
+            found = self.steps[number] = Step(number)
         return found
 
     def worked(self, process: Any, event: Any) -> None:
@@ -255,7 +258,13 @@ class Engine:
         if event.step <= self._emitted_step and event.step not in self.steps:
             self.late += 1
             return
-        self.step(event.step).parts.setdefault(process, []).append(event)
+        step = self.step(event.step)
+        if step.parts is None:
+            step.parts = {}
+        told = step.parts.get(process)
+        if told is None:
+            told = step.parts[process] = []
+        told.append(event)
 
     def scheduled(self, event: StepScheduled) -> None:
         at = event.started_ns
@@ -277,12 +286,12 @@ class Engine:
             self._split_decodes(event)
 
     def _log(self, step: Step, event: StepScheduled) -> None:
-        made = SpanEvent(self.last_ns + self.offset, "step", {a.STEP: event.step})
+        made = SpanEvent(STEP, self.last_ns + self.offset, (event.step,))
         self.in_flight[event.step] = self.log.append(made)
 
     def _compose(self, step: Step, event: StepScheduled) -> None:
         """A step unlike the one before: look at each request that did not decode in that."""
-        link, batch = step.link, self._batch
+        batch, chunks = self._batch, []
         requests, counts = event.requests or (), event.num_tokens or ()
         num_staying = len(requests)
         joining: list[Life] = []
@@ -295,9 +304,10 @@ class Engine:
                 life.admit(event.started_ns)
             if not life.decode_id and self._computes_prompt(event, life, counts[place]):
                 step.prefill_tokens += counts[place]
-                step.chunks.append(life.schedule(event, place, counts[place], link))
+                chunks.append(life.schedule(event, place, counts[place]))
             else:
                 joining.append(life)
+        step.chunks = chunks
         step.decode_tokens = sum(counts) - step.prefill_tokens
         end = self.log.end
         if len(batch) > num_staying:
@@ -314,10 +324,10 @@ class Engine:
             self._log(step, event)
         whole = batch and not step.chunks
         self._batch_of = (event.requests, event.num_tokens) if whole else None
-        for request in (*event.new, *event.resumed, *event.preempted):
-            life = self.lives.get(request)
-            if life is not None and life.sampled:
-                step.links.append(life.link())
+        concerned = [*event.new, *event.resumed, *event.preempted]
+        if concerned:
+            lives = [self.lives[request] for request in concerned if request in self.lives]
+            step.links = [life.link() for life in lives if life.sampled]
 
     def _computes_prompt(self, event: StepScheduled, life: Life, count: int) -> bool:
         if self.full and life.goal:
@@ -370,7 +380,7 @@ class Engine:
         if logged is not None:
             logged.at_ns, logged.wire = event.started_ns + self.offset, None
             if counts is not None:
-                logged.attributes[a.NUM_OUTPUT] = 1
+                logged.values = (event.step, 1)
         if step.scheduled is not None:
             if place is not None and counts is not None and counts.count(1) != len(counts):
                 self._note_exceptions(step, place, counts)
@@ -387,7 +397,10 @@ class Engine:
             self._settle(event.started_ns, end, event.step)
         if self._ending:
             self._finish_ending()
-        self._emit_steps(event.step)
+        if event.step > self._last_step:
+            self._last_step = event.step
+        if len(self.steps) >= self.lag + AT_ONCE:
+            self._emit_steps()
 
     def _gone_before(self, life: Life, results_ns: int) -> bool:
         """Whether it was aborted while the step ran: vLLM throws its results away."""
@@ -414,7 +427,7 @@ class Engine:
             if self._gone_before(life, end):
                 end, output = life.ended.at_ns, None if output is None else 0  # type: ignore[union-attr]
             life.end_chunk(chunk, end, output)
-        step.chunks = []
+        step.chunks = ()
 
     def _add_decode_steps(self, step: Step, event: StepUpdated, counts: Any) -> None:
         started = step.scheduled.started_ns  # type: ignore[union-attr]
@@ -431,22 +444,21 @@ class Engine:
             if life is not None:
                 life.token_ids += ids
 
-    def _emit_steps(self, done: int) -> None:
+    def _emit_steps(self) -> None:
         """Steps that have waited long enough for their workers' facts."""
-        self._last_step = max(self._last_step, done)
-        while self.steps:
-            oldest = next(iter(self.steps.values()))
-            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
+        for step in [*self.steps.values()]:
+            ready = step.updated is not None and self._last_step - step.number >= self.lag
             if not ready and len(self.steps) <= MAX_OPEN_STEPS:
                 return
-            self._emit_step(oldest)
+            self._emit_step(step)
 
     def _emit_step(self, step: Step) -> None:
         del self.steps[step.number]
         self._emitted_step = max(self._emitted_step, step.number)
         self.in_flight.pop(step.number, None)
-        if self.sampler(step.link.trace_id, None):
-            emit_step(step, self)
+        trace_id = self.step_ids.trace_id(step.number)
+        if self.sampler(trace_id, None):
+            emit_step(step, trace_id, self)
 
     # Ends -----------------------------------------------------------------------------
 
@@ -486,7 +498,7 @@ class Engine:
                 known = self.lives.get(chunk.life.number)
                 if known is not None and known is chunk.life:
                     known.end_chunk(chunk, self.last_ns, None, True)
-            step.chunks = []
+            step.chunks = ()
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)
         for step in [*self.steps.values()]:

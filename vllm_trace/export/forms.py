@@ -1,4 +1,4 @@
-"""The forms of all spans: which attributes each can have. ``attributes`` says what they mean.
+"""The forms of all spans and their events: which attributes each can have. ``attributes`` says what they mean.
 
 Attributes in parentheses come together: few of their combinations are met, and each is made once.
 """
@@ -82,7 +82,16 @@ ATTENTION = Form(
 )
 SAMPLE = Form("sample", a.RANK)
 
-FORMS = (
+# Events ---------------------------------------------------------------------------------
+
+STEP = Form("step", a.STEP, a.NUM_OUTPUT)
+REFUSED = Form("refused", a.STEP, a.FREE_AFTER, a.NUM_HIT)
+FIRST_TOKEN = Form("first_token")
+ABORT = Form("abort")
+TRACE_ENDED = Form("trace_ended")
+
+EVENTS = (STEP, REFUSED, FIRST_TOKEN, ABORT, TRACE_ENDED)
+SPANS = (
     LLM_REQUEST, QUEUED, SCHEDULE, PREFIX_LOOKUP, ALLOCATE, PREFILL, DECODE, DECODE_STEP, PREEMPT,
     FREE, ENGINE_STEP, STEP_SCHEDULE, POSTPROCESS, EXECUTE, FORWARD, ATTENTION, SAMPLE,
 )  # fmt: skip

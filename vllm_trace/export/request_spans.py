@@ -6,6 +6,7 @@ Each span is emitted when it is finished, children first, the root last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_trace.events import (
@@ -18,18 +19,21 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.explain.cache import Miss
-from vllm_trace.export import attributes as a
 from vllm_trace.export.forms import (
+    ABORT,
     ALLOCATE,
     DECODE,
     DECODE_STEP,
+    FIRST_TOKEN,
     FREE,
     LLM_REQUEST,
     PREEMPT,
     PREFILL,
     PREFIX_LOOKUP,
     QUEUED,
+    REFUSED,
     SCHEDULE,
+    TRACE_ENDED,
 )
 from vllm_trace.export.prefix import Lookup
 from vllm_trace.export.request_facts import arrival_facts, sampling_facts
@@ -42,6 +46,7 @@ from vllm_trace.export.span import (
     hashed,
     read_traceparent,
 )
+from vllm_trace.export.step_log import LogEvents, Piece
 from vllm_trace.state import NULL_BLOCK
 
 MAX_IDS = 128
@@ -162,15 +167,15 @@ class Life:
     def link(self) -> Link:
         return Link(self.trace_id, self.root_id)
 
-    def event(self, name: str, at_ns: int, attributes: dict[str, Any]) -> SpanEvent:
-        return SpanEvent(at_ns + self.engine.offset, name, attributes)
+    def event(self, form: Form, at_ns: int, values: tuple[Any, ...] = ()) -> SpanEvent:
+        return SpanEvent(form, at_ns + self.engine.offset, values)
 
     # Waiting --------------------------------------------------------------------------
 
     def refuse(self, event: SlotsRefused, step: int, at_ns: int) -> None:
         """``allocate_slots`` said no."""
-        facts = {a.STEP: step, a.FREE_AFTER: event.num_free_blocks, a.NUM_HIT: event.num_hit_tokens}
-        made = self.event("refused", at_ns, facts)
+        values = (step, event.num_free_blocks, event.num_hit_tokens)
+        made = self.event(REFUSED, at_ns, values)
         self.num_refusals += 1
         if not self.waiting:
             if len(self.refused_running) < MAX_REFUSALS:
@@ -198,12 +203,13 @@ class Life:
 
     # Computing the prompt -------------------------------------------------------------
 
-    def schedule(self, plan: StepScheduled, place: int, count: int, link: Link) -> Chunk:
+    def schedule(self, plan: StepScheduled, place: int, count: int) -> Chunk:
         """A step gives it ``count`` tokens of the prompt."""
         resumed = self.number in plan.resumed or None
         queues = (plan.num_running, plan.num_waiting, resumed)
         values = (plan.step, count, self.computed, queues)
         end = plan.started_ns + plan.dur_ns
+        link = self.engine.step_ids.link(plan.step)
         self.parent = self.add(SCHEDULE, plan.started_ns, end, values, links=(link,))
         self.parent_step = plan.step
         self.num_chunks += 1
@@ -322,30 +328,29 @@ class Life:
             return
         engine = self.engine
         self.leave_range(engine.log.end)
-        events: list[SpanEvent] = []
-        tokens: int | None = 0
+        pieces: list[Piece] = []
+        tokens = 0
         latest = end_ns or engine.last_ns
-        for begin, end in self.ranges:
-            part, count = self._events_of(begin, end, latest)
-            events += part
-            tokens = None if tokens is None or count is None else tokens + count
-        if not engine.full:
-            tokens = None
-        if tokens is not None:
+        for begin, last in self.ranges:
+            tokens += self._add_pieces(pieces, begin, last, latest)
+        events: Sequence[SpanEvent] = LogEvents(engine.log, pieces)
+        if engine.full:
             self.num_output += tokens
         links: tuple[Link, ...] = ()
-        end = self.decode_ns
-        first = last = None
-        if events:
-            first, last = events[0].attributes[a.STEP], events[-1].attributes[a.STEP]
-            links = (engine.step_ids.link(first),)
-            if last != first:
-                links += (engine.step_ids.link(last),)
+        end, count = self.decode_ns, len(events)
+        first_step = last_step = None
+        if count:
+            first_step, last_step = events[0].values[0], events[-1].values[0]
+            links = (engine.step_ids.link(first_step),)
+            if last_step != first_step:
+                links += (engine.step_ids.link(last_step),)
             end = max(end, events[-1].at_ns - engine.offset)
         end = end_ns or end
-        self.num_steps += len(events)
-        new_blocks = self.num_new_blocks or None
-        values = (tokens, len(events) or None, first, last, new_blocks, incomplete)
+        self.num_steps += count
+        values = (
+            tokens if engine.full else None, count or None, first_step, last_step,
+            self.num_new_blocks or None, incomplete,
+        )  # fmt: skip
         if self.refused_running:
             events = self._with_refusals(events, end + engine.offset)
         self.add(
@@ -354,34 +359,46 @@ class Life:
         )  # fmt: skip
         self.decode_id, self.ranges, self.exceptions = b"", [], {}
 
-    def _with_refusals(self, events: list[SpanEvent], until: int) -> list[SpanEvent]:
+    def _with_refusals(self, events: Sequence[SpanEvent], until: int) -> list[SpanEvent]:
         """The refusals of a decode among its steps, in the order of time; later ones still wait."""
         within = [event for event in self.refused_running if event.at_ns <= until]
         self.refused_running = self.refused_running[len(within) :]
         return sorted([*events, *within], key=lambda event: event.at_ns)
 
-    def _events_of(self, begin: int, end: int, latest: int) -> tuple[list[SpanEvent], int | None]:
-        """Events of a range and the tokens they brought; the shared ones where each got one.
+    def _add_pieces(self, pieces: list[Piece], begin: int, end: int, latest: int) -> int:
+        """Add a range of the log as it is, and events of its own where it did not get one token.
 
-        A step whose results are not in brought none, as far as this request is concerned.
+        A step whose results are not in brought none, as far as this request is concerned. Returns
+        the tokens that the range brought.
         """
-        engine = self.engine
-        events = engine.log.slice(begin, end)
+        engine, log = self.engine, self.engine.log
+        own: dict[int, SpanEvent] = {}
+        tokens, later = end - begin, False
         for place in engine.in_flight.values():
             if begin <= place < end:
                 self.exceptions.setdefault(place, 0)
-                facts = events[place - begin].attributes
-                events[place - begin] = SpanEvent(latest + engine.offset, "step", facts)
-        if not engine.full:
-            return events, None
-        tokens = len(events)
-        for place, count in self.exceptions.items():
-            if begin <= place < end:
-                shared = events[place - begin]
-                facts = shared.attributes | {a.NUM_OUTPUT: count}
-                events[place - begin] = SpanEvent(shared.at_ns, shared.name, facts)
-                tokens += count - 1
-        return events, tokens
+                shared = log.at(place)
+                own[place] = SpanEvent(shared.form, latest + engine.offset, shared.values)
+            elif place < begin:
+                later = True
+        if engine.full:
+            for place, count in self.exceptions.items():
+                if begin <= place < end:
+                    shared = own.get(place) or log.at(place)
+                    values = (shared.values[0], count)
+                    own[place] = SpanEvent(shared.form, shared.at_ns, values)
+                    tokens += count - 1
+        if later:  # a step before this range still changes: the log cannot be taken as it is
+            for place in range(begin, end):
+                own.setdefault(place, log.at(place))
+        for place in sorted(own):
+            if begin < place:
+                pieces.append((begin, place))
+            pieces.append(own[place])
+            begin = place + 1
+        if begin < end:
+            pieces.append((begin, end))
+        return tokens
 
     def add_decode_step(self, started: int, updated: StepUpdated, count: int | None) -> None:
         """With ``--detail``: a span for one step of the decode."""
@@ -410,12 +427,12 @@ class Life:
         if self.first_token_ns:
             at = min(self.first_token_ns, end)
             first_token = at - start
-            events.append(self.event("first_token", at, {}))
+            events.append(self.event(FIRST_TOKEN, at))
         reason = ended.reason if ended is not None else ""
         if reason == "abort":
-            events.append(self.event("abort", end, {}))
+            events.append(self.event(ABORT, end))
         if ended is None:
-            events.append(self.event("trace_ended", end, {}))
+            events.append(self.event(TRACE_ENDED, end))
         if self.arrival is None:
             incomplete = True
         if len(events) > 1:

@@ -12,7 +12,7 @@ import msgspec
 INTERNAL, SERVER = 1, 2
 """Kinds, numbered as in OTLP."""
 
-_MASK = (1 << 64) - 1
+U64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -22,29 +22,12 @@ class Resource(msgspec.Struct, gc=False):
     attributes: dict[str, Any]
 
 
-class SpanEvent(msgspec.Struct, gc=False):
-    """A moment in a span. Spans of several requests share those of a step."""
-
-    at_ns: int
-    name: str
-    attributes: dict[str, Any]
-    wire: bytes | None = None
-    """Left to the encoder: what it made of this event."""
-
-
-class Link(msgspec.Struct, gc=False):
-    """A pointer to a span of another trace."""
-
-    trace_id: bytes
-    span_id: bytes
-
-
 Together = tuple[str, ...]
 """Names of attributes whose values come together again and again: an encoder remembers them as one."""
 
 
 class Form:
-    """What spans of one name have in common: their kind, and the attributes that they can have."""
+    """What spans, or span events, of one name have in common: kind, and the attributes that they can have."""
 
     __slots__ = ("keys", "kind", "name", "wire")
 
@@ -60,6 +43,32 @@ class Form:
             pairs = [(key, value)] if isinstance(key, str) else zip(key, value)
             made |= {name: one for name, one in pairs if one is not None}
         return made
+
+
+class SpanEvent(msgspec.Struct, gc=False):
+    """A moment in a span. Spans of several requests share those of a step."""
+
+    form: Form
+    at_ns: int
+    values: tuple[Any, ...] = ()
+    """Of its attributes, as the form has them."""
+    wire: bytes | None = None
+    """Left to the encoder: what it made of this event."""
+
+    @property
+    def name(self) -> str:
+        return self.form.name
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return self.form.attributes(self.values)
+
+
+class Link(msgspec.Struct, gc=False):
+    """A pointer to a span of another trace."""
+
+    trace_id: bytes
+    span_id: bytes
 
 
 class Span(msgspec.Struct, gc=False):
@@ -118,13 +127,13 @@ class Ids:
 
 def _following(last: int) -> Iterator[bytes]:
     while True:
-        last = last + GOLDEN & _MASK
+        last = last + GOLDEN & U64
         yield (last or 1).to_bytes(8, "big")
 
 
 def id_of(number: int) -> bytes:
     """The lowest 64 bits of a number; never all zeros, which would be no id."""
-    return (number & _MASK or 1).to_bytes(8, "big")
+    return (number & U64 or 1).to_bytes(8, "big")
 
 
 def hashed(*parts: Any, size: int = 16) -> bytes:

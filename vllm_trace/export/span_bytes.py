@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from operator import getitem
 from typing import Any
 
-from vllm_trace.export.span import Form, Link, SpanEvent
-from vllm_trace.export.wire import U64, any_value, field, number
+from vllm_trace.export.span import U64, Form, Link, SpanEvent
+from vllm_trace.export.step_log import LogEvents
+from vllm_trace.export.wire import any_value, field, number
 
 _SPAN_ID = b"\x12\x08"
 _HAS_IS_REMOTE = 0x100
@@ -124,41 +125,33 @@ _OF_SPAN, _OF_EVENT = _Names(0x4A), _Names(0x1A)
 def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...]]:
     """(name and kind of such a span, what makes bytes of each of its values)."""
     name = field(0x2A, form.name.encode()) + b"\x30" + number(form.kind)
-    tables: list[dict[Any, bytes]] = []
-    for key in form.keys:
-        if isinstance(key, str):
-            tables.append(_OF_SPAN[key])
-        else:
-            tables.append(Together(tuple([_OF_SPAN[one] for one in key])))
-    form.wire = name, tuple(tables)
+    form.wire = name, _tables_of(form, _OF_SPAN)
     return form.wire
 
 
-# Spans ------------------------------------------------------------------------------------
+def _event_wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...]]:
+    """The same of an event."""
+    form.wire = field(0x12, form.name.encode()), _tables_of(form, _OF_EVENT)
+    return form.wire
+
+
+def _tables_of(form: Form, names: _Names) -> tuple[dict[Any, bytes], ...]:
+    return tuple(
+        names[key] if isinstance(key, str) else Together(tuple([names[one] for one in key]))
+        for key in form.keys
+    )
+
+
+# Events and links --------------------------------------------------------------------------
 
 
 def event(one: SpanEvent) -> bytes:
     """``Span.Event`` as a field of the span."""
-    body = b"".join(
-        [
-            _EVENT_TIME.pack(0x09, one.at_ns & U64),
-            _EVENT_NAMES[one.name],
-            *[_OF_EVENT[name][value] for name, value in one.attributes.items()],
-        ]
-    )
+    name, tables = one.form.wire or _event_wire_of(one.form)
+    time = _EVENT_TIME.pack(0x09, one.at_ns & U64)
+    body = b"".join([time, name, *map(getitem, tables, one.values)])
     made = one.wire = b"\x5a" + number(len(body)) + body
     return made
-
-
-class _EventNames(dict[str, bytes]):
-    """Name of an event → its field."""
-
-    def __missing__(self, name: str) -> bytes:
-        made = self[name] = field(0x12, name.encode())
-        return made
-
-
-_EVENT_NAMES = _EventNames()
 
 
 def link(one: Link) -> bytes:
@@ -170,7 +163,11 @@ def link(one: Link) -> bytes:
 
 def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped: int) -> bytes:
     """What few spans have, as fields of the span."""
-    parts = [one.wire or event(one) for one in events]
+    parts: list[bytes | bytearray]
+    if type(events) is LogEvents:
+        parts = events.joined(event)
+    else:
+        parts = [one.wire or event(one) for one in events]
     if dropped:
         parts.append(b"\x60" + number(dropped))
     parts += map(link, links)

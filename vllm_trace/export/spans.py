@@ -179,7 +179,9 @@ class SpanFold:
                 self._find_home(process, event.request_id)
 
     def _keep(self, *fields: Any) -> None:
-        self.made.append(Span(*fields))
+        span = Span(*fields)
+        span.events = [*span.events]  # the log that they may lie in goes on
+        self.made.append(span)
 
     def take(self) -> list[Span]:
         """The spans that are finished, each once."""

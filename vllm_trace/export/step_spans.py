@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import add
 from typing import Any
+
+import msgspec
 
 from vllm_trace.events import (
     AttentionCalled,
@@ -22,10 +25,13 @@ from vllm_trace.export.forms import (
     SAMPLE,
     STEP_SCHEDULE,
 )
-from vllm_trace.export.span import GOLDEN, Emit, Form, Ids, Link, Resource, hashed, id_of
+from vllm_trace.export.span import GOLDEN, U64, Emit, Form, Ids, Link, Resource, hashed, id_of
 
 SPANS_PER_STEP = 1 << 12
 """Room for span ids in one step; workers and groups are fewer."""
+
+
+_STRIDE = SPANS_PER_STEP * GOLDEN & U64
 
 
 class StepIds:
@@ -36,88 +42,60 @@ class StepIds:
         self._high, self._low = made[:8], int.from_bytes(made[8:16], "big")
         self._spans = int.from_bytes(made[16:], "big")
 
-    def link(self, step: int) -> Link:
-        """To the root of a step."""
-        return Link(self._high + id_of(self._low + step * GOLDEN), id_of(self.first(step)))
+    def trace_id(self, step: int) -> bytes:
+        return self._high + id_of(self._low + step * GOLDEN)
 
     def first(self, step: int) -> int:
         """The number of the root's id; those of its children follow, as in ``Ids``."""
-        return self._spans + step * (SPANS_PER_STEP * GOLDEN)
+        return self._spans + step * _STRIDE & U64
+
+    def link(self, step: int) -> Link:
+        """To the root of a step."""
+        return Link(self.trace_id(step), id_of(self.first(step)))
 
 
-class Step:
-    """What is known of a step so far, and the tree that its spans become."""
+class Step(msgspec.Struct):
+    """What is known of a step so far."""
 
-    __slots__ = (
-        "begin", "chunks", "decode_tokens", "end", "link", "links", "next_id", "number", "parts",
-        "prefill_tokens", "scheduled", "updated",
-    )  # fmt: skip
-
-    def __init__(self, number: int, ids: StepIds) -> None:
-        self.number = number
-        self.link = ids.link(number)
-        """To its root."""
-        self.next_id = Ids(ids.first(number)).next
-        self.scheduled: StepScheduled | None = None
-        self.updated: StepUpdated | None = None
-        self.chunks: list[Any] = []
-        """Prefill chunks whose results are not in."""
-        self.links: list[Link] = []
-        self.prefill_tokens = 0
-        self.decode_tokens = 0
-        self.parts: dict[Any, list[Any]] = {}
-        """Process → what it told as a worker."""
-        self.begin = self.end = 0
-        """Of its spans; 0 while there is none."""
-
-    def add(
-        self,
-        emit: Emit,
-        resource: Resource,
-        form: Form,
-        start: int,
-        dur_ns: int,
-        values: tuple[Any, ...] = (),
-        parent: bytes = b"",
-        span_id: bytes = b"",
-    ) -> bytes:
-        """Emit a child. Returns its id."""
-        span_id = span_id or self.next_id()
-        end = start + dur_ns
-        if start < self.begin or not self.begin:
-            self.begin = start
-        if end > self.end:
-            self.end = end
-        link = self.link
-        emit(resource, form, link.trace_id, span_id, parent or link.span_id, start, end, values)
-        return span_id
+    number: int
+    scheduled: StepScheduled | None = None
+    updated: StepUpdated | None = None
+    chunks: Sequence[Any] = ()
+    """Prefill chunks whose results are not in."""
+    links: Sequence[Link] = ()
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    parts: dict[Any, list[Any]] | None = None
+    """Process → what it told as a worker."""
 
 
-def emit_step(step: Step, engine: Any) -> None:
+def emit_step(step: Step, trace_id: bytes, engine: Any) -> None:
     """Emit all spans of a step, the root last. What is missing of it makes the root incomplete."""
     plan, done, offset, resource = step.scheduled, step.updated, engine.offset, engine.resource
-    emit = engine.emit
+    emit, first = engine.emit, engine.step_ids.first(step.number)
+    root_id = id_of(first)
+    begins, ends = [], []
     # The scheduler's own spans have the first two ids.
-    schedule_id, postprocess_id = step.next_id(), step.next_id()
     if plan is not None:
         start = plan.started_ns + offset
-        step.add(emit, resource, STEP_SCHEDULE, start, plan.dur_ns, span_id=schedule_id)
-    parts = step.parts
-    for process in sorted(parts, key=_key_of) if len(parts) > 1 else parts:
-        _emit_worker(parts[process], process, step, engine)
+        end = start + plan.dur_ns
+        begins.append(start)
+        ends.append(end)
+        emit(resource, STEP_SCHEDULE, trace_id, id_of(first + GOLDEN), root_id, start, end)
+    if step.parts is not None:
+        tree = _Tree(trace_id, root_id, first + 2 * GOLDEN, emit, begins, ends)
+        _emit_workers(step.parts, tree, engine)
     if done is not None:
         start = done.started_ns + offset
-        step.add(emit, resource, POSTPROCESS, start, done.dur_ns, span_id=postprocess_id)
-    if step.end:
-        trace_id, root_id = step.link.trace_id, step.link.span_id
-        values, links = _values_of(step), step.links
+        end = start + done.dur_ns
+        begins.append(start)
+        ends.append(end)
+        emit(resource, POSTPROCESS, trace_id, id_of(first + 2 * GOLDEN), root_id, start, end)
+    if begins:
         emit(
-            resource, ENGINE_STEP, trace_id, root_id, b"", step.begin, step.end, values, (), links
+            resource, ENGINE_STEP, trace_id, root_id, b"", min(begins), max(ends),
+            _values_of(step), (), step.links,
         )  # fmt: skip
-
-
-def _key_of(process: Any) -> Any:
-    return process.key
 
 
 def _values_of(step: Step) -> tuple[Any, ...]:
@@ -138,9 +116,48 @@ def _values_of(step: Step) -> tuple[Any, ...]:
     return values
 
 
-def _emit_worker(told: list[Any], process: Any, step: Step, engine: Any) -> None:
+class _Tree:
+    """The workers' spans of one step."""
+
+    __slots__ = ("begins", "emit", "ends", "next_id", "root_id", "trace_id")
+
+    def __init__(
+        self, trace_id: bytes, root_id: bytes, last: int, emit: Emit, begins: Any, ends: Any
+    ) -> None:
+        self.trace_id, self.root_id, self.next_id = trace_id, root_id, Ids(last).next
+        self.emit, self.begins, self.ends = emit, begins, ends
+
+    def add(
+        self,
+        resource: Resource,
+        form: Form,
+        start: int,
+        dur_ns: int,
+        values: tuple[Any, ...] = (),
+        parent: bytes = b"",
+    ) -> bytes:
+        """Emit a child. Returns its id."""
+        span_id, end = self.next_id(), start + dur_ns
+        self.begins.append(start)
+        self.ends.append(end)
+        self.emit(
+            resource, form, self.trace_id, span_id, parent or self.root_id, start, end, values
+        )
+        return span_id
+
+
+def _emit_workers(parts: dict[Any, list[Any]], tree: _Tree, engine: Any) -> None:
+    for process in sorted(parts, key=_key_of) if len(parts) > 1 else parts:
+        _emit_worker(parts[process], process, process.offset_for(engine), tree, engine)
+
+
+def _key_of(process: Any) -> Any:
+    return process.key
+
+
+def _emit_worker(told: list[Any], process: Any, offset: int, tree: _Tree, engine: Any) -> None:
     """``execute`` of a worker with what is in it, and ``sample``."""
-    offset, resource, emit = process.offset_for(engine), process.resource, engine.emit
+    resource = process.resource
     executed: list[StepExecuted] = []
     sampled: list[StepSampled] = []
     called: list[AttentionCalled] = []
@@ -158,27 +175,31 @@ def _emit_worker(told: list[Any], process: Any, step: Step, engine: Any) -> None
     for ran in executed:
         values = ((ran.rank, ran.num_tokens, ran.num_tokens_padded, ran.mode),)
         start = ran.started_ns + offset
-        execute = step.add(emit, resource, EXECUTE, start, ran.dur_ns, values)
+        execute = tree.add(resource, EXECUTE, start, ran.dur_ns, values)
         if ran.forward_ns:
             start, dur = ran.forward_ns + offset, ran.forward_dur_ns
-            forward = step.add(emit, resource, FORWARD, start, dur, (), execute)
-            _emit_attention(step, process, engine, forward, start, dur, plans, called)
+            forward = tree.add(resource, FORWARD, start, dur, (), execute)
+            within = (forward, start, dur)
+            _emit_attention(tree, process, offset, engine, within, plans, called)
     for one in sampled:
-        step.add(emit, resource, SAMPLE, one.started_ns + offset, one.dur_ns, (one.rank,))
+        tree.add(resource, SAMPLE, one.started_ns + offset, one.dur_ns, (one.rank,))
 
 
 def _emit_attention(
-    step: Step,
+    tree: _Tree,
     process: Any,
+    offset: int,
     engine: Any,
-    forward: bytes,
-    forward_start: int,
-    forward_dur: int,
+    within: tuple[bytes, int, int],
     plans: dict[int, AttentionPlanned],
     called: list[AttentionCalled],
 ) -> None:
-    """One span for each KV-cache group and implementation; a group without calls has no time."""
-    offset, resource, emit = process.offset_for(engine), process.resource, engine.emit
+    """One span for each KV-cache group and implementation; a group without calls has no time.
+
+    ``within``: id, start and duration of the forward.
+    """
+    resource = process.resource
+    forward, forward_start, forward_dur = within
     timed: set[int] = set()
     for event in called:
         for group, places in engine.groups_of(event.layers):
@@ -195,8 +216,8 @@ def _emit_attention(
                 # Times of a stream are not the host's: that span is the forward it belongs to.
                 start = min(starts) + offset
                 dur = max(map(add, starts, durs)) + offset - start
-            step.add(emit, resource, ATTENTION, start, dur, (choice, sum(durs)), forward)
+            tree.add(resource, ATTENTION, start, dur, (choice, sum(durs)), forward)
     for group, plan in plans.items():
         if group not in timed:
             choice = group, plan.kernel, plan.variant, None, None, None, None
-            step.add(emit, resource, ATTENTION, forward_start, forward_dur, (choice,), forward)
+            tree.add(resource, ATTENTION, forward_start, forward_dur, (choice,), forward)

@@ -13,9 +13,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vllm_trace.export.span import Resource
+from vllm_trace.export.span import U64, Resource
 
-U64 = (1 << 64) - 1
 _DOUBLE = struct.Struct("<d")
 
 

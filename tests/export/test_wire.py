@@ -22,7 +22,7 @@ from tests.export.receiver import value
 from vllm_trace.events import Event
 from vllm_trace.export import attributes, batcher, span_bytes, wire
 from vllm_trace.export.batcher import SCOPE, Batcher
-from vllm_trace.export.forms import FORMS
+from vllm_trace.export.forms import EVENTS, SPANS
 from vllm_trace.export.span import SERVER, Form, Link, Resource, Span, SpanEvent
 from vllm_trace.export.span_bytes import Values
 from vllm_trace.export.spans import SpanFold, spans
@@ -137,13 +137,14 @@ def test_the_bytes_are_what_the_sdks_encoder_makes(name, detail, tokens, cut, ma
 
 
 def test_forms_have_the_attributes_that_the_table_gives_their_spans():
-    for form in FORMS:
+    for form in SPANS + EVENTS:
         names = [n for key in form.keys for n in ((key,) if isinstance(key, str) else key)]
         assert len(names) == len(set(names))
         for name in names:
             on = attributes.ATTRIBUTES[name].on.split()
             assert form.name in on or "any" in on, (form.name, name)
-    assert {form.name for form in FORMS} == attributes.SPANS.keys()
+    assert {form.name for form in SPANS} == attributes.SPANS.keys()
+    assert {form.name for form in EVENTS} == attributes.EVENTS.keys()
 
 
 @given(
@@ -207,7 +208,7 @@ def test_any_span_comes_back_as_it_was(
     form = Form(name, "vllm_trace.step", ("vllm_trace.mode", "vllm_trace.rank"), kind=SERVER)
     span = Span(
         Resource({"host.name": "h"}), form, trace_id, ids[0], b"" if root else ids[1], start, end,
-        (end, ("eager", None)), [SpanEvent(at, name, {"vllm_trace.step": 3})],
+        (end, ("eager", None)), [SpanEvent(Form(name, "vllm_trace.step"), at, (3,))],
         [Link(trace_id, ids[2])], error, remote, dropped,
     )  # fmt: skip
     (part,) = ours([span]).resource_spans

@@ -15,7 +15,18 @@ from typing import Any
 
 from vllm_trace import __version__
 from vllm_trace.export.span import U64, Form, Link, Resource, SpanEvent
-from vllm_trace.export.span_bytes import more, wire_of
+from vllm_trace.export.span_bytes import (
+    CHILD,
+    END,
+    LOCAL,
+    PARENT_ID,
+    REMOTE,
+    ROOT,
+    SPAN_ID,
+    TRACE_ID,
+    more,
+    wire_of,
+)
 from vllm_trace.export.wire import SMALL, number, request, resource_spans
 
 SCOPE = ("vllm_trace", __version__)
@@ -25,18 +36,7 @@ MAX_SPANS = 512
 MAX_BYTES = 1 << 20
 """In a batch, by a span more; gRPC receivers take 4 MiB unless told otherwise."""
 
-# Ids, flags and times; the tag of the start comes with the flags.
-_CHILD = struct.Struct("<2s16s2s8s2s8s7sqBq").pack
-_ROOT = struct.Struct("<2s16s2s8s7sqBq").pack
-_TRACE_ID, _SPAN_ID, _PARENT_ID, _START, _END = b"\x0a\x10", b"\x12\x08", b"\x22\x08", b"\x39", 0x41
-_SAMPLED, _HAS_IS_REMOTE, _IS_REMOTE = 0x1, 0x100, 0x300
-
-
-def _flags(flags: int) -> bytes:
-    return b"\x85\x01" + (flags | _SAMPLED).to_bytes(4, "little") + _START
-
-
-_LOCAL, _REMOTE = _flags(_HAS_IS_REMOTE), _flags(_IS_REMOTE)
+_child, _root = struct.Struct("<" + CHILD).pack, struct.Struct("<" + ROOT).pack
 
 _HEADS = [b"\x12" + size for size in SMALL]
 """Size of a span → the tag and the size that stand before it."""
@@ -78,27 +78,32 @@ class Batcher:
         if resource is not self._last:
             self._last = resource
             self._made = self._spans.setdefault(id(resource), (resource, []))[1]
-        name, tables = form.wire or wire_of(form)
+        name, tables, whole = form.wire or wire_of(form)
+        made = b""
         try:
-            if parent_id:
-                head = _CHILD(
-                    _TRACE_ID, trace_id, _SPAN_ID, span_id, _PARENT_ID, parent_id,
-                    _REMOTE if remote_parent else _LOCAL, start_ns, _END, end_ns,
-                )  # fmt: skip
-            else:
-                head = _ROOT(_TRACE_ID, trace_id, _SPAN_ID, span_id, _LOCAL, start_ns, _END, end_ns)
+            if whole is not None:
+                made = whole(trace_id, span_id, parent_id, start_ns, end_ns, values)
+            if not made:
+                if parent_id:
+                    head = _child(
+                        TRACE_ID, trace_id, SPAN_ID, span_id, PARENT_ID, parent_id,
+                        REMOTE if remote_parent else LOCAL, start_ns, END, end_ns,
+                    )  # fmt: skip
+                else:
+                    head = _root(TRACE_ID, trace_id, SPAN_ID, span_id, LOCAL, start_ns, END, end_ns)
+                made = b"".join([head, name, *map(getitem, tables, values)])
+                if events or links or error or dropped_events:
+                    made += more(events, links, error, dropped_events)
+                size = len(made)
+                made = (_HEADS[size] if size < 1 << 14 else b"\x12" + number(size)) + made
         except struct.error:
             times = _as_64_bits(start_ns), _as_64_bits(end_ns)
             return self.add(
                 resource, form, trace_id, span_id, parent_id, *times, values, events, links, error,
                 remote_parent, dropped_events,
             )  # fmt: skip
-        made = b"".join([head, name, *map(getitem, tables, values)]) if values else head + name
-        if events or links or error or dropped_events:
-            made += more(events, links, error, dropped_events)
-        size = len(made)
-        self._made.append((_HEADS[size] if size < 1 << 14 else b"\x12" + number(size)) + made)
-        self._size += size
+        self._made.append(made)
+        self._size += len(made)
         self._room -= 1
         if not self._room or self._size >= MAX_BYTES:
             self.cut()

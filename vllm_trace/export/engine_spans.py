@@ -205,9 +205,11 @@ class Engine:
 
     def allocated(self, event: SlotsAllocated) -> None:
         request = event.request
-        self.history.took(request)
-        self._freed.clear()
+        if self._freed:
+            self._freed.clear()
         life = self.lives.get(request)
+        if self._evicted or life is None or life.lookup is not None:
+            self.history.took(request)
         if life is not None and event.num_hit_tokens:
             life.computed = event.num_hit_tokens
         self._pending.append((Life.allocate, request, (event, self._free, self._evicted)))
@@ -311,8 +313,7 @@ class Engine:
         step.decode_tokens = sum(counts) - step.prefill_tokens
         end = self.log.end
         if len(batch) > num_staying:
-            staying = set(requests)
-            for request in [request for request in batch if request not in staying]:
+            for request in batch.keys() - requests:
                 batch.pop(request).leave_range(end)
         for life in joining:
             if not life.decode_id:

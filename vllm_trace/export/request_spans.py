@@ -97,40 +97,41 @@ class Life:
         self.root_id = self.ids.at(0)
         self.sampled = engine.sampler(self.trace_id, self.remote)
         engine.num_unsampled += not self.sampled
-        # Where it stands.
-        self.waiting = True
         self.queued_since = at_ns
-        self.resumed = False
-        self.computed = 0
         self.goal = arrival.num_prompt_tokens if arrival is not None else 0
         """Tokens to compute before it decodes."""
         self.parent = self.root_id
         """Of the spans of calls in the current step."""
-        self.parent_step = -1
-        self.lookup: Lookup | None = None
-        self.num_lookups = 0
         self.refused: list[SpanEvent] = []
-        self.num_refused = 0
-        self.ended: RequestFinished | None = None
-        # The decode that is going on.
-        self.decode_id = b""
-        self.open = -1
-        """Place in the log where its current range began; -1 when it is in no range."""
         self.ranges: list[tuple[int, int]] = []
-        self.decode_ns = 0
         self.exceptions: dict[int, int] = {}
         """Place in the log → tokens, where it was not one."""
         self.refused_running: list[SpanEvent] = []
         self.root_events: list[SpanEvent] = []
-        self.num_new_blocks = 0
-        # In all.
-        self.num_output = 0
-        self.num_hit: int | None = None
-        self.num_chunks = self.num_steps = self.num_preemptions = self.num_refusals = 0
-        self.queued_ns = 0
-        self.first_token_ns = 0
-        self.last_chunk_ns = 0
         self.token_ids: list[int] = []
+
+    # Where it stands.
+    waiting = True
+    resumed = False
+    computed = 0
+    parent_step = -1
+    lookup: Lookup | None = None
+    num_lookups = 0
+    num_refused = 0
+    ended: RequestFinished | None = None
+    # The decode that is going on.
+    decode_id = b""
+    open = -1
+    """Place in the log where its current range began; -1 when it is in no range."""
+    decode_ns = 0
+    num_new_blocks = 0
+    # In all.
+    num_output = 0
+    num_hit: int | None = None
+    num_chunks = num_steps = num_preemptions = num_refusals = 0
+    queued_ns = 0
+    first_token_ns = 0
+    last_chunk_ns = 0
 
     # Spans ----------------------------------------------------------------------------
 
@@ -233,12 +234,6 @@ class Life:
 
     # Calls of the KV-cache manager ----------------------------------------------------
 
-    def call_parent(self, step: int) -> bytes:
-        """The span that stands for what the current step does for this request."""
-        if self.parent_step == step:
-            return self.parent
-        return self.decode_id or self.root_id
-
     def look_up(self, step: int, at_ns: int) -> None:
         """What the prefix cache had when it was admitted."""
         assert self.lookup is not None
@@ -258,7 +253,8 @@ class Life:
             self.engine.name_of(miss.taker) if miss.taker >= 0 else None,
         )
         self.num_lookups = 0
-        self.add(PREFIX_LOOKUP, at_ns, at_ns, values, self.call_parent(step))
+        parent = self.parent if self.parent_step == step else self.decode_id
+        self.add(PREFIX_LOOKUP, at_ns, at_ns, values, parent)
 
     def allocate(self, told: tuple[SlotsAllocated, int | None, int], step: int, at_ns: int) -> None:
         """It got blocks. ``told``: the event, free blocks before it, blocks evicted for it."""
@@ -276,7 +272,8 @@ class Life:
             values += (evicted or None, *self._hits(event))
         if self.decode_id:
             self.num_new_blocks += len(new)
-        self.add(ALLOCATE, at_ns, at_ns, values, self.call_parent(step))
+        parent = self.parent if self.parent_step == step else self.decode_id
+        self.add(ALLOCATE, at_ns, at_ns, values, parent)
 
     @staticmethod
     def _hits(event: SlotsAllocated) -> tuple[int, tuple[int, ...]] | tuple[()]:

@@ -7,17 +7,27 @@ parts together.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
+from vllm_trace.export.forms import ALLOCATE
 from vllm_trace.export.span import U64, Form, Link, SpanEvent
 from vllm_trace.export.step_log import LogEvents
-from vllm_trace.export.wire import any_value, field, number
+from vllm_trace.export.wire import SMALL, any_value, field, number
 
-_SPAN_ID = b"\x12\x08"
-_HAS_IS_REMOTE = 0x100
-SAMPLED = 1
+TRACE_ID, SPAN_ID, PARENT_ID, END = b"\x0a\x10", b"\x12\x08", b"\x22\x08", 0x41
+_SAMPLED, _HAS_IS_REMOTE, _IS_REMOTE = 0x1, 0x100, 0x300
+
+
+def _flags(flags: int) -> bytes:
+    """The field of the flags, and the tag of the start that comes after it."""
+    return b"\x85\x01" + (flags | _SAMPLED).to_bytes(4, "little") + b"\x39"
+
+
+LOCAL, REMOTE = _flags(_HAS_IS_REMOTE), _flags(_IS_REMOTE)
+CHILD, ROOT = "2s16s2s8s2s8s7sqBq", "2s16s2s8s7sqBq"
+"""Ids, flags and times, in fixed places."""
 
 _EVENT_TIME = struct.Struct("<BQ")
 _LINK = struct.Struct("<4s16s2s8sBI")
@@ -58,9 +68,7 @@ class Values(dict[Any, bytes]):
         self._numbers = [
             self._field(b"\x18" + bytes(size))[:-size] for size in range(1, LONGEST_NUMBER + 1)
         ]
-        """Size of a number, less one → all that stands before it."""
         self._lists: dict[int, bytes] = {}
-        """Size of a list → all that stands before it."""
 
     def _field(self, value: bytes) -> bytes:
         return field(self._tag, self._key + field(0x12, value))
@@ -69,9 +77,10 @@ class Values(dict[Any, bytes]):
         kind = type(value)
         if kind is int:
             body = number(value)
-            made = self._numbers[len(body) - 1] + body
+            made = self.number_head(len(body)) + body
         elif kind is tuple:
-            made = self._list(b"".join(map(_element, value)))
+            body = b"".join(map(_element, value))
+            made = self.list_head(len(body)) + body
             if len(value) > 1:
                 return made  # hardly ever the same again
         else:
@@ -82,15 +91,19 @@ class Values(dict[Any, bytes]):
         self[value] = made
         return made
 
-    def _list(self, body: bytes) -> bytes:
-        size = len(body)
+    def number_head(self, size: int) -> bytes:
+        """All that stands before a number of so many bytes."""
+        return self._numbers[size - 1]
+
+    def list_head(self, size: int) -> bytes:
+        """All that stands before a list of so many bytes."""
         head = self._lists.get(size)
         if head is None:
-            whole = self._field(field(0x2A, body))
+            whole = self._field(field(0x2A, bytes(size)))
             head = whole[: len(whole) - size]
             if len(self._lists) < MAX_KNOWN:
                 self._lists[size] = head
-        return head + body
+        return head
 
 
 class Together(dict[tuple[Any, ...], bytes]):
@@ -122,10 +135,11 @@ class _Names(dict[str, Values]):
 _OF_SPAN, _OF_EVENT = _Names(0x4A), _Names(0x1A)
 
 
-def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...]]:
-    """(name and kind of such a span, what makes bytes of each of its values)."""
+def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...], Callable[..., bytes] | None]:
+    """(name and kind of such a span, what makes bytes of each of its values, ``one_block`` or None)."""
     name = field(0x2A, form.name.encode()) + b"\x30" + number(form.kind)
-    form.wire = name, _tables_of(form, _OF_SPAN)
+    whole = one_block if form is ALLOCATE else None
+    form.wire = name, _tables_of(form, _OF_SPAN), whole
     return form.wire
 
 
@@ -157,7 +171,7 @@ def event(one: SpanEvent) -> bytes:
 def link(one: Link) -> bytes:
     """``Span.Link`` as a field of the span."""
     return _LINK.pack(
-        _LINK_HEAD, one.trace_id, _SPAN_ID, one.span_id, _LINK_FLAGS, _HAS_IS_REMOTE | SAMPLED
+        _LINK_HEAD, one.trace_id, SPAN_ID, one.span_id, _LINK_FLAGS, _HAS_IS_REMOTE | _SAMPLED
     )
 
 
@@ -175,3 +189,59 @@ def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped
         # ``Status`` with code ERROR.
         parts.append(field(0x7A, field(0x12, error.encode("utf-8", "replace")) + b"\x18\x02"))
     return b"".join(parts)
+
+
+# One block --------------------------------------------------------------------------------
+
+
+class _OneBlock(dict[tuple[int, int, int], tuple[Any, ...]]):
+    """Sizes of its three numbers → all else that the span of an allocation of one block has.
+
+    These are the most of all: a running request gets a block as often as it fills one.
+    """
+
+    def __missing__(self, sizes: tuple[int, int, int]) -> tuple[Any, ...]:
+        count, blocks, after, before = (_OF_SPAN[str(key)] for key in ALLOCATE.keys[:4])
+        name, *_ = wire_of(ALLOCATE)
+        block_size, after_size, before_size = sizes
+        element = b"\x0a" + number(block_size + 1) + b"\x18"
+        texts = (
+            name + count[1] + blocks.list_head(len(element) + block_size) + element,
+            after.number_head(after_size),
+            before.number_head(before_size),
+        )
+        tail = "".join([f"{len(text)}s{size}s" for text, size in zip(texts, sizes)])
+        size = struct.calcsize("<" + CHILD + tail)
+        head = b"\x12" + number(size)
+        made = self[sizes] = (struct.Struct(f"<{len(head)}s{CHILD}{tail}").pack, head, *texts)
+        return made
+
+
+_one_block = _OneBlock()
+
+
+def one_block(
+    trace_id: bytes,
+    span_id: bytes,
+    parent_id: bytes,
+    start_ns: int,
+    end_ns: int,
+    values: tuple[Any, ...],
+) -> bytes:
+    """The whole span of such an allocation, as a field of ``ScopeSpans``; nothing for another.
+
+    Raises: ``struct.error`` for times that no clock shows.
+    """
+    count, blocks, after, before, *_ = values
+    if count != 1 or len(values) != 4 or before is None:
+        return b""
+    (block,) = blocks
+    if 0 <= block < 1 << 14 > after >= 0 <= before < 1 << 14:
+        block, after, before = SMALL[block], SMALL[after], SMALL[before]
+    else:
+        block, after, before = number(block), number(after), number(before)
+    pack, head, first, second, third = _one_block[len(block), len(after), len(before)]
+    return pack(  # type: ignore[no-any-return]
+        head, TRACE_ID, trace_id, SPAN_ID, span_id, PARENT_ID, parent_id, LOCAL, start_ns, END, end_ns,
+        first, block, second, after, third, before,
+    )  # fmt: skip

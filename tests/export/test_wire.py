@@ -128,7 +128,9 @@ def test_the_bytes_are_what_the_sdks_encoder_makes(name, detail, tokens, cut, ma
         actual = without_what_differs(of_batches(made))
     finally:
         batcher.MAX_SPANS = before
-    by_id = {(span.trace_id, span.span_id): (resource, span) for resource, span in spans_of(expected)}
+    by_id = {
+        (span.trace_id, span.span_id): (resource, span) for resource, span in spans_of(expected)
+    }
     assert len(by_id) == len(found)
     assert by_id == {(span.trace_id, span.span_id): (who, span) for who, span in spans_of(actual)}
     assert {scope.scope.name for part in actual.resource_spans for scope in part.scope_spans} <= {

@@ -78,11 +78,9 @@ class Batcher:
         if resource is not self._last:
             self._last = resource
             self._made = self._spans.setdefault(id(resource), (resource, []))[1]
-        name, tables, whole = form.wire or wire_of(form)
-        made = b""
+        name, tables, quick = form.wire or wire_of(form)
         try:
-            if whole is not None:
-                made = whole(trace_id, span_id, parent_id, start_ns, end_ns, values)
+            made = quick and quick(trace_id, span_id, parent_id, start_ns, end_ns, values)
             if not made:
                 if parent_id:
                     head = _child(
@@ -92,18 +90,17 @@ class Batcher:
                 else:
                     head = _root(TRACE_ID, trace_id, SPAN_ID, span_id, LOCAL, start_ns, END, end_ns)
                 made = b"".join([head, name, *map(getitem, tables, values)])
-                if events or links or error or dropped_events:
-                    made += more(events, links, error, dropped_events)
-                size = len(made)
-                made = (_HEADS[size] if size < 1 << 14 else b"\x12" + number(size)) + made
         except struct.error:
             times = _as_64_bits(start_ns), _as_64_bits(end_ns)
             return self.add(
                 resource, form, trace_id, span_id, parent_id, *times, values, events, links, error,
                 remote_parent, dropped_events,
             )  # fmt: skip
-        self._made.append(made)
-        self._size += len(made)
+        if events or links or error or dropped_events:
+            made += more(events, links, error, dropped_events)
+        size = len(made)
+        self._made.append((_HEADS[size] if size < 1 << 14 else b"\x12" + number(size)) + made)
+        self._size += size
         self._room -= 1
         if not self._room or self._size >= MAX_BYTES:
             self.cut()

@@ -287,9 +287,7 @@ class Life:
         blocks, held, before, after = told
         if before is None or after is None:
             before = after = None
-        self.add(
-            FREE, at_ns, at_ns, (len(blocks), tuple(blocks[:MAX_IDS]), held, before, after)
-        )
+        self.add(FREE, at_ns, at_ns, (len(blocks), tuple(blocks[:MAX_IDS]), held, before, after))
 
     def preempt(self, told: tuple[RequestPreempted, str], step: int, at_ns: int) -> None:
         """It waits again, from now on. ``told``: the event, and for whom it gave way."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
-from vllm_trace.export.forms import ALLOCATE
+from vllm_trace.export.forms import ALLOCATE, ENGINE_STEP
 from vllm_trace.export.span import U64, Form, Link, SpanEvent
 from vllm_trace.export.step_log import LogEvents
 from vllm_trace.export.wire import SMALL, any_value, field, number
@@ -135,11 +135,10 @@ class _Names(dict[str, Values]):
 _OF_SPAN, _OF_EVENT = _Names(0x4A), _Names(0x1A)
 
 
-def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...], Callable[..., bytes] | None]:
-    """(name and kind of such a span, what makes bytes of each of its values, ``one_block`` or None)."""
+def wire_of(form: Form) -> tuple[bytes, tuple[dict[Any, bytes], ...], Start | None]:
+    """(name and kind of such a span, what makes bytes of each of its values, a quicker way for most)."""
     name = field(0x2A, form.name.encode()) + b"\x30" + number(form.kind)
-    whole = one_block if form is ALLOCATE else None
-    form.wire = name, _tables_of(form, _OF_SPAN), whole
+    form.wire = name, _tables_of(form, _OF_SPAN), _STARTS.get(form)
     return form.wire
 
 
@@ -191,57 +190,78 @@ def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped
     return b"".join(parts)
 
 
-# One block --------------------------------------------------------------------------------
+# The most common spans --------------------------------------------------------------------
+
+Start = Callable[[bytes, bytes, bytes, int, int, tuple[Any, ...]], bytes]
+"""Ids of trace, span and parent, times, values → the span to its last attribute; nothing when it cannot.
+
+Raises: ``struct.error`` for times that no clock shows.
+"""
 
 
-class _OneBlock(dict[tuple[int, int, int], tuple[Any, ...]]):
-    """Sizes of its three numbers → all else that the span of an allocation of one block has.
+class _Packers(dict[tuple[int, ...], tuple[Any, ...]]):
+    """Sizes of a span's numbers → what packs ids, times and numbers, and the texts before the numbers."""
 
-    These are the most of all: a running request gets a block as often as it fills one.
-    """
+    def __init__(self, fixed: str, texts: Callable[[tuple[int, ...]], list[bytes]]) -> None:
+        super().__init__()
+        self._fixed, self._texts = fixed, texts
 
-    def __missing__(self, sizes: tuple[int, int, int]) -> tuple[Any, ...]:
-        count, blocks, after, before = (_OF_SPAN[str(key)] for key in ALLOCATE.keys[:4])
-        name, *_ = wire_of(ALLOCATE)
-        block_size, after_size, before_size = sizes
-        element = b"\x0a" + number(block_size + 1) + b"\x18"
-        texts = (
-            name + count[1] + blocks.list_head(len(element) + block_size) + element,
-            after.number_head(after_size),
-            before.number_head(before_size),
-        )
+    def __missing__(self, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+        texts = self._texts(sizes)
         tail = "".join([f"{len(text)}s{size}s" for text, size in zip(texts, sizes)])
-        size = struct.calcsize("<" + CHILD + tail)
-        head = b"\x12" + number(size)
-        made = self[sizes] = (struct.Struct(f"<{len(head)}s{CHILD}{tail}").pack, head, *texts)
+        made = self[sizes] = (struct.Struct(f"<{self._fixed}{tail}").pack, *texts)
         return made
 
 
-_one_block = _OneBlock()
+def _one_block_texts(sizes: tuple[int, ...]) -> list[bytes]:
+    count, blocks, after, before = (_OF_SPAN[str(key)] for key in ALLOCATE.keys[:4])
+    element = b"\x0a" + number(sizes[0] + 1) + b"\x18"
+    known = wire_of(ALLOCATE)[0] + count[1]
+    return [
+        known + blocks.list_head(len(element) + sizes[0]) + element,
+        after.number_head(sizes[1]),
+        before.number_head(sizes[2]),
+    ]
 
 
-def one_block(
-    trace_id: bytes,
-    span_id: bytes,
-    parent_id: bytes,
-    start_ns: int,
-    end_ns: int,
-    values: tuple[Any, ...],
+def _step_texts(sizes: tuple[int, ...]) -> list[bytes]:
+    step, free = (_OF_SPAN[str(key)] for key in ENGINE_STEP.keys[:2])
+    return [wire_of(ENGINE_STEP)[0] + step.number_head(sizes[0]), free.number_head(sizes[1])]
+
+
+_one_block, _step = _Packers(CHILD, _one_block_texts), _Packers(ROOT, _step_texts)
+
+
+def start_allocate(
+    trace_id: bytes, span_id: bytes, parent_id: bytes, start: int, end: int, values: tuple[Any, ...]
 ) -> bytes:
-    """The whole span of such an allocation, as a field of ``ScopeSpans``; nothing for another.
-
-    Raises: ``struct.error`` for times that no clock shows.
-    """
-    count, blocks, after, before, *_ = values
-    if count != 1 or len(values) != 4 or before is None:
+    """Of one block: a running request gets one as often as it fills one."""
+    if len(values) != 4 or values[0] != 1 or values[3] is None:
         return b""
-    (block,) = blocks
+    _, (block,), after, before = values
     if 0 <= block < 1 << 14 > after >= 0 <= before < 1 << 14:
         block, after, before = SMALL[block], SMALL[after], SMALL[before]
     else:
         block, after, before = number(block), number(after), number(before)
-    pack, head, first, second, third = _one_block[len(block), len(after), len(before)]
+    pack, first, second, third = _one_block[len(block), len(after), len(before)]
     return pack(  # type: ignore[no-any-return]
-        head, TRACE_ID, trace_id, SPAN_ID, span_id, PARENT_ID, parent_id, LOCAL, start_ns, END, end_ns,
+        TRACE_ID, trace_id, SPAN_ID, span_id, PARENT_ID, parent_id, LOCAL, start, END, end,
         first, block, second, after, third, before,
     )  # fmt: skip
+
+
+def start_engine_step(
+    trace_id: bytes, span_id: bytes, parent_id: bytes, start: int, end: int, values: tuple[Any, ...]
+) -> bytes:
+    """The root of a step, as long as its plan is known."""
+    if values[1] is None:
+        return b""
+    step, free = number(values[0]), number(values[1])
+    pack, first, second = _step[len(step), len(free)]
+    head = pack(
+        TRACE_ID, trace_id, SPAN_ID, span_id, LOCAL, start, END, end, first, step, second, free
+    )
+    return b"".join([head, *map(getitem, ENGINE_STEP.wire[1][2:], values[2:])])
+
+
+_STARTS: dict[Form, Start] = {ALLOCATE: start_allocate, ENGINE_STEP: start_engine_step}

@@ -106,10 +106,10 @@ def _values_of(step: Step) -> tuple[Any, ...]:
         output = sum(done.num_output_tokens)
     incomplete = True if plan is None or done is None else None
     if plan is None:
-        return step.number, (None, output), (None,) * 3, None, None, (None, None, incomplete)
+        return step.number, None, (None, None, None, None, output), None, (None, None, incomplete)
     queues = len(plan.requests or ()), plan.num_running, plan.num_waiting
-    tokens = step.decode_tokens, output
-    values = step.number, tokens, queues, plan.num_free_blocks, step.prefill_tokens
+    facts = (*queues, step.decode_tokens, output)
+    values = step.number, plan.num_free_blocks, facts, step.prefill_tokens
     if plan.new or plan.resumed or plan.preempted or incomplete:
         joined = len(plan.new) + len(plan.resumed)
         return *values, (joined or None, len(plan.preempted) or None, incomplete)

@@ -114,8 +114,8 @@ class Engine:
         """Requests that decode in the steps that are going on."""
         self._batch_of: tuple[Any, Any] | None = None
         """The composition that ``_batch`` is of, when all of it decodes."""
-        self._decodes: deque[tuple[int, Life, bytes]] = deque()
-        """Open decodes, the oldest first."""
+        self._decodes: deque[tuple[int, int, bytes]] = deque()
+        """(place in the log, request, id) of decodes in the order in which they began; some have ended."""
         self._last_step = 0
         self._emitted_step = 0
         self._groups: dict[int, int] = {}
@@ -318,7 +318,7 @@ class Engine:
         for life in joining:
             if not life.decode_id:
                 life.begin_decode(event)
-                self._decodes.append((end, life, life.decode_id))
+                self._decodes.append((end, life.number, life.decode_id))
             life.open = end
             batch[life.number] = life
         if batch:
@@ -342,19 +342,20 @@ class Engine:
         """Decodes that are long enough end before this step and begin anew with it."""
         end = self.log.end - 1 if self.in_flight.get(event.step) is not None else self.log.end
         while self._decodes:
-            begin, life, decode_id = self._decodes[0]
-            current = life.decode_id == decode_id
+            begin, number, decode_id = self._decodes[0]
+            life = self.lives.get(number)
+            current = life is not None and life.decode_id == decode_id
             if current and end - begin < self.max_steps - 1:
                 break
             self._decodes.popleft()
-            if current:
+            if life is not None and current:
                 going_on = life.open >= 0 and life.number in self._batch
                 life.leave_range(end)
                 life.end_decode()
                 life.begin_decode(event)
                 if going_on:
                     life.open = end
-                self._decodes.append((end, life, life.decode_id))
+                self._decodes.append((end, life.number, life.decode_id))
         self.log.forget(self._decodes[0][0] if self._decodes else end)
 
     # What waited for a time -----------------------------------------------------------

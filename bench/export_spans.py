@@ -29,7 +29,8 @@ import msgspec
 from bench import files, overhead
 from vllm_trace.events import Event, RequestArrived
 from vllm_trace.trace import time_of
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 EXPORT = """
 import sys, time

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from helpers import run_cli
 
-from tests.export.receiver import (
+from export.receiver import (
     RECEIVERS,
     Inbox,
     assert_trees,
@@ -200,7 +200,7 @@ def test_the_wrong_page_and_the_wrong_program(monkeypatch):
 )
 def test_an_answer_of_another_program_is_no_delivery(code, said, monkeypatch):
     """A web server that says 200 to everything: Jaeger's own page on port 16686, for one."""
-    from tests.export import receiver
+    from export import receiver
 
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
     inbox = Inbox()

@@ -18,7 +18,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link as SdkLink
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
-from tests.export.receiver import value
+from export.receiver import value
 from vllm_trace.events import Event
 from vllm_trace.export import attributes, batcher, span_bytes, wire
 from vllm_trace.export.batcher import SCOPE, Batcher

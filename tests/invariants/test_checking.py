@@ -21,7 +21,8 @@ from vllm_trace.invariants.checking import check_all
 from vllm_trace.invariants.judgements import exit_code
 from vllm_trace.invariants.registry import choose, describe
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent.parent / "gold"
 BUILT_IN = [one.id for one in choose() if one.built_in]
@@ -306,7 +307,7 @@ def test_a_missing_worker_is_said_and_no_pass():
     events[first(events, "engine.configured")].settings["tensor_parallel_size"] = 2
     report = judged(events, header)
     assert ("incomplete", 2) == (report.verdict, report.exit_code)
-    assert ["1 of 2 worker(s) have told of their steps"] == report.incomplete
+    assert ["1 of 2 workers told of their steps"] == report.incomplete
     assert {"worker-table", "slot-mapping", "positions-advance", "slots-distinct"} <= {
         each.invariant.id for each in report.of("unjudged")
     }
@@ -422,6 +423,19 @@ def test_events_that_contradict_the_books_are_an_error_with_their_number(tmp_pat
     assert ["unreadable", "clean", "unreadable"] == [one.to_dict()["verdict"] for one in made]
     assert f"event {at + 1} (blocks.freed) does not fit" in made[0].text()
     assert 2 == exit_code(made)
+
+
+def test_what_came_first_stands_first():
+    """Whatever the order of the rules: the later ones are often its consequence."""
+    header, events = gold("preempt")
+    at = first(events, "blocks.taken", lambda e: len(e.blocks) == 1)
+    events[at].blocks[0] += 1
+    report = judged(events, header)
+    said = [line.split()[1:] for line in report.text().splitlines() if "VIOLATED" in line]
+    numbers = [int(words[3].rstrip(",")) for words in said]
+    assert ["evict-head", at + 1] == [said[0][0], numbers[0]]
+    assert sorted(numbers) == numbers and len(numbers) > 2
+    assert "it was never handed out" in " ".join(report.text().split())
 
 
 # A user's own -------------------------------------------------------------------------

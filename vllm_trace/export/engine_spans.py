@@ -85,7 +85,7 @@ class Engine:
         lag: int = LAG,
     ) -> None:
         self.host = host
-        self.identity = identity
+        self.identity = "\0".join(map(str, identity))
         self.resource = resource
         self.offset = offset
         self.light, self.full = light, not light

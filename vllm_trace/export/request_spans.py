@@ -91,7 +91,7 @@ class Life:
         self.remote: Traceparent | None = None
         if arrival is not None and arrival.traceparent:
             self.remote = read_traceparent(arrival.traceparent)
-        made = hashed(*engine.identity, number, self.name, size=24)
+        made = hashed(engine.identity, number, self.name, size=24)
         self.trace_id = self.remote.trace_id if self.remote else made[:16]
         self.ids = Ids(int.from_bytes(made[16:], "big"))
         self.root_id = self.ids.at(0)

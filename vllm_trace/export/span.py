@@ -69,6 +69,8 @@ class Link(msgspec.Struct, gc=False):
 
     trace_id: bytes
     span_id: bytes
+    wire: bytes | None = None
+    """Left to the encoder: what it made of this link."""
 
 
 class Span(msgspec.Struct, gc=False):

@@ -39,6 +39,9 @@ _LINK_FLAGS = 0x35
 MAX_KNOWN = 1 << 13
 """Values of a name that are remembered."""
 
+LARGEST_KNOWN = 1 << 20
+"""Larger numbers are times, of which none comes again."""
+
 LONGEST_NUMBER = 10
 """Bytes."""
 
@@ -78,6 +81,8 @@ class Values(dict[Any, bytes]):
         if kind is int:
             body = number(value)
             made = self.number_head(len(body)) + body
+            if value > LARGEST_KNOWN:
+                return made
         elif kind is tuple:
             body = b"".join(map(_element, value))
             made = self.list_head(len(body)) + body
@@ -169,9 +174,10 @@ def event(one: SpanEvent) -> bytes:
 
 def link(one: Link) -> bytes:
     """``Span.Link`` as a field of the span."""
-    return _LINK.pack(
+    made = one.wire = _LINK.pack(
         _LINK_HEAD, one.trace_id, SPAN_ID, one.span_id, _LINK_FLAGS, _HAS_IS_REMOTE | _SAMPLED
     )
+    return made
 
 
 def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped: int) -> bytes:
@@ -183,7 +189,7 @@ def more(events: Sequence[SpanEvent], links: Sequence[Link], error: str, dropped
         parts = [one.wire or event(one) for one in events]
     if dropped:
         parts.append(b"\x60" + number(dropped))
-    parts += map(link, links)
+    parts += [one.wire or link(one) for one in links]
     if error:
         # ``Status`` with code ERROR.
         parts.append(field(0x7A, field(0x12, error.encode("utf-8", "replace")) + b"\x18\x02"))

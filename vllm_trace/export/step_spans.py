@@ -31,6 +31,9 @@ SPANS_PER_STEP = 1 << 12
 """Room for span ids in one step; workers and groups are fewer."""
 
 
+MAX_LINKS = 1024
+"""Links that are remembered."""
+
 _STRIDE = SPANS_PER_STEP * GOLDEN & U64
 
 
@@ -41,6 +44,8 @@ class StepIds:
         made = hashed(*identity, "steps", size=24)
         self._high, self._low = made[:8], int.from_bytes(made[8:16], "big")
         self._spans = int.from_bytes(made[16:], "big")
+        self._links: dict[int, Link] = {}
+        """Of the last steps: several requests point to one."""
 
     def trace_id(self, step: int) -> bytes:
         return self._high + id_of(self._low + step * GOLDEN)
@@ -51,7 +56,12 @@ class StepIds:
 
     def link(self, step: int) -> Link:
         """To the root of a step."""
-        return Link(self.trace_id(step), id_of(self.first(step)))
+        found = self._links.get(step)
+        if found is None:
+            if len(self._links) >= MAX_LINKS:
+                self._links.clear()
+            found = self._links[step] = Link(self.trace_id(step), id_of(self.first(step)))
+        return found
 
 
 class Step(msgspec.Struct):

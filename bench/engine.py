@@ -78,7 +78,7 @@ def make_executor_class() -> type:
 class Engine:
     """One EngineCore, filled and emptied again for each stretch of steps."""
 
-    def __init__(self, log_stats: bool = True) -> None:
+    def __init__(self, log_stats: bool = True, num_blocks: int = NUM_BLOCKS) -> None:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.core import EngineCore
 
@@ -88,7 +88,7 @@ class Engine:
             max_num_seqs=NUM_REQUESTS,
             max_model_len=MAX_MODEL_LEN,
             max_num_batched_tokens=8192,
-            num_gpu_blocks_override=NUM_BLOCKS,
+            num_gpu_blocks_override=num_blocks,
             enforce_eager=True,
             load_format="dummy",
             dtype="float32",

@@ -24,7 +24,8 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.trace import REQUEST_LISTS, time_of
-from vllm_trace.tracefile import SUFFIX, TraceFile, TraceWriter
+from vllm_trace.tracefile import SUFFIX, TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 ONCE = (EngineConfigured, BackendSelected)
 """What a process tells when it starts."""

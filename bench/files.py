@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.events import to_dict
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 READER = """
 import sys, time

@@ -27,7 +27,8 @@ from vllm_trace.events import (
     StepUpdated,
     TableRowChanged,
 )
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 BLOCK = 32
 PROMPT = 64

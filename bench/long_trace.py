@@ -14,7 +14,7 @@ from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager
 from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, NUM_REQUESTS = 16, 96, 512, 6
 RELEASE = "0.32.0"

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
+from vllm_trace.patches import backend_probes as c
 from vllm_trace.patches import block_probes as b
 from vllm_trace.patches import v0_32
-from vllm_trace.patches import worker_probes as w
 
 _CUDA = "vllm.platforms.cuda:CudaPlatformBase"
 
@@ -25,8 +25,8 @@ _OTHERS = {
         "probe": b.maybe_evict_cached_block,
     },
     f"{_CUDA}.get_valid_backends": {
-        "probe": w.cuda_backends_ranked_0_20,
-        "light": w.cuda_backends_ranked_0_20,
+        "probe": c.cuda_backends_ranked_0_20,
+        "light": c.cuda_backends_ranked_0_20,
     },
 }
 """Rows of 0.32 that stand elsewhere here, or need another probe."""
@@ -35,8 +35,8 @@ HOOKS = (
     *(replace(hook, **_OTHERS.get(hook.target, {})) for hook in v0_32.HOOKS),
     Hook(
         f"{_CUDA}.get_attn_backend_cls",
-        w.cuda_backend_chosen,
-        light=w.cuda_backend_chosen,
+        c.cuda_backend_chosen,
+        light=c.cuda_backend_chosen,
         emits="backend.selected",
         platform="cuda",
         without="a backend that the user asked for looks like one that vLLM ranked first",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from vllm_trace.hooks.fingerprints import reviewed
 from vllm_trace.hooks.table import Hook, HookTable
 from vllm_trace.patches import attention_probes as a
+from vllm_trace.patches import backend_probes as c
 from vllm_trace.patches import block_probes as b
 from vllm_trace.patches import scheduler_probes as s
 from vllm_trace.patches import step_probes as t
 from vllm_trace.patches import worker_probes as w
+from vllm_trace.patches import worker_v2_probes as w2
 
 _MANAGER = "vllm.v1.core.kv_cache_manager:KVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
@@ -167,23 +169,23 @@ WORKER_HOOKS = (
     ),
     Hook(
         "vllm.model_executor.layers.attention.attention:Attention.__init__",
-        w.attention_made,
-        light=w.attention_made,
+        c.attention_made,
+        light=c.attention_made,
         emits="backend.selected",
         without="the backend of a layer is unknown",
     ),
     Hook(
         "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
-        w.cpu_backend_chosen,
-        light=w.cpu_backend_chosen,
+        c.cpu_backend_chosen,
+        light=c.cpu_backend_chosen,
         emits="backend.selected",
         platform="cpu",
         without="a backend that was asked for and not taken is not named",
     ),
     Hook(
         "vllm.platforms.cuda:CudaPlatformBase.get_valid_backends",
-        w.cuda_backends_ranked,
-        light=w.cuda_backends_ranked,
+        c.cuda_backends_ranked,
+        light=c.cuda_backends_ranked,
         emits="backend.selected",
         platform="cuda",
         without="rejected backends and vLLM's reasons are unknown",
@@ -224,24 +226,24 @@ WORKER_HOOKS = (
 WORKER_V2_HOOKS = (
     Hook(
         f"{_RUNNER_V2}.execute_model",
-        w.execute_model_v2,
-        light=w.execute_model_v2_light,
+        w2.execute_model_v2,
+        light=w2.execute_model_v2_light,
         emits="step.executed",
         platform="cuda",
         without="it is unknown when a step ran on the V2 runner",
     ),
     Hook(
         f"{_RUNNER_V2}.prepare_attn",
-        w.prepare_attn_v2,
-        light=w.prepare_attn_v2_light,
+        w2.prepare_attn_v2,
+        light=w2.prepare_attn_v2_light,
         emits="step.executed table.changed slots.mapped",
         platform="cuda",
         without="the V2 runner's block tables and slots are not seen, nor the size of its batch",
     ),
     Hook(
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
-        w.metadata_built_v2,
-        light=w.metadata_built_v2_light,
+        w2.metadata_built_v2,
+        light=w2.metadata_built_v2_light,
         emits="step.executed attention.planned",
         platform="cuda",
         without="whether a V2 step ran as a CUDA graph, with which kernel variant and how long on the device, "
@@ -249,8 +251,8 @@ WORKER_V2_HOOKS = (
     ),
     Hook(
         f"{_RUNNER_V2}.sample_tokens",
-        w.sample_tokens_v2,
-        light=w.sample_tokens_v2,
+        w2.sample_tokens_v2,
+        light=w2.sample_tokens_v2,
         emits="step.sampled",
         platform="cuda",
         without="sampling on the V2 runner has no time, and its worker writes one step late",

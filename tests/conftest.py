@@ -44,22 +44,23 @@ settings.register_profile(
 settings.load_profile("steady")
 
 
+def source_of(release, folder):
+    """A vLLM of that release: unpacked in the folder, or the one that is installed."""
+    source = VllmSource.at(Path(folder)) if folder else VllmSource.installed()
+    if source is None or not source.version.startswith(f"{release}."):
+        variable = f"VTRACE_SOURCE_{release.replace('.', '_')}"
+        pytest.skip(f"no vLLM {release}: {variable} may name the folder of an unpacked wheel")
+    return source
+
+
 @pytest.fixture(scope="session")
 def source_0_33():
-    """A vLLM 0.33: the one that is unpacked in ``VTRACE_SOURCE_0_33``, or the one that is installed."""
-    source = VllmSource.at(Path(SOURCE_0_33)) if SOURCE_0_33 else VllmSource.installed()
-    if source is None or not source.version.startswith("0.33."):
-        pytest.skip("no vLLM 0.33: VTRACE_SOURCE_0_33 may name the folder of an unpacked wheel")
-    return source
+    return source_of("0.33", SOURCE_0_33)
 
 
 @pytest.fixture(scope="session")
 def source_0_20():
-    """A vLLM 0.20: the one that is unpacked in ``VTRACE_SOURCE_0_20``, or the one that is installed."""
-    source = VllmSource.at(Path(SOURCE_0_20)) if SOURCE_0_20 else VllmSource.installed()
-    if source is None or not source.version.startswith("0.20."):
-        pytest.skip("no vLLM 0.20: VTRACE_SOURCE_0_20 may name the folder of an unpacked wheel")
-    return source
+    return source_of("0.20", SOURCE_0_20)
 
 
 @pytest.fixture(scope="session")

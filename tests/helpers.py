@@ -16,7 +16,8 @@ from typing import Any
 from vllm_trace import hooks, runner, scenario
 from vllm_trace.events import SCHEMA_VERSION, EngineConfigured, Event, KVGroup
 from vllm_trace.options import Options
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 # Traces by hand ---------------------------------------------------------------------------
 

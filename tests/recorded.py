@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
+import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from vllm_trace.diff import Diff, diff
+from vllm_trace.diff.words import render
 from vllm_trace.events import (
     SCHEMA_VERSION,
     BlocksCached,
@@ -29,8 +33,10 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.explain import Story, explain
 from vllm_trace.trace import Trace, read_trace
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: no engine to record"
@@ -76,6 +82,18 @@ def edited(
     events = list(trace.events())
     changed = edit(events)
     return written(folder, events if changed is None else changed, **trace.header, **more)
+
+
+def torn(source: Path, folder: Path) -> Path:
+    """The first half of the trace's file, cut off within one of many frames."""
+    trace, path = read_trace(source), folder / f"torn{SUFFIX}"
+    writer = TraceWriter(path, trace.header, tail_size=16384)
+    for batch in trace.files[0].batches():
+        writer.write(batch)
+    writer.close({})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
 
 
 def find(source: Path | Trace, kind: type[Event], **fields: Any) -> tuple[int, Any]:
@@ -156,3 +174,24 @@ def ended(request: int, blocks: Sequence[int], reason: str = "length") -> list[E
         RequestFreed(request),
         RequestFinished(request, 9, reason, 1, 0),
     ]
+
+
+# What is told of them ------------------------------------------------------------------
+
+
+def story(folder: Path, name: str) -> Story:
+    """The life of a request."""
+    return explain(read_trace(folder), name)
+
+
+def told(folder: Path, name: str) -> list[str]:
+    """The sentences, without the numbers of events: they depend on what else is recorded."""
+    return [re.sub(r"event \d+", "event N", line.text) for line in story(folder, name).lines]
+
+
+def compared(a: Path, b: Path) -> Diff:
+    """``diff`` of two traces, which can be shown in a terminal and as JSON."""
+    found = diff(read_trace(a), read_trace(b))
+    assert all(len(line) <= 80 for line in render(found).splitlines())
+    json.dumps(found.to_dict())
+    return found

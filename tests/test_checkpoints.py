@@ -145,9 +145,9 @@ def test_transformers_reads_the_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_outputs_vary_on_vllm(name, monkeypatch, tmp_path):
+def test_greedy_outputs_vary_on_vllm(name, tmp_path):
     """40 greedy tokens for 7 prompts: many different ones, no circle at the end, and no two prompts alike."""
-    llm, params = _vllm(name, monkeypatch)
+    llm, params = _vllm(name)
     outputs = llm.generate(PROMPTS, params(temperature=0, max_tokens=40), use_tqdm=False)
     tokens = [tuple(output.outputs[0].token_ids) for output in outputs]
 
@@ -163,8 +163,8 @@ def test_greedy_outputs_vary_on_vllm(name, monkeypatch, tmp_path):
     assert all(output.outputs[0].text.isprintable() for output in outputs)
 
 
-def test_chat_on_vllm(monkeypatch):
-    llm, params = _vllm("tiny-llama", monkeypatch)
+def test_chat_on_vllm():
+    llm, params = _vllm("tiny-llama")
     chat = [{"role": "user", "content": "Hello"}]
     (output,) = llm.chat(chat, params(temperature=0, max_tokens=5), use_tqdm=False)
     assert 5 == len(output.outputs[0].token_ids)
@@ -179,14 +179,7 @@ def _period(ids):
     return None
 
 
-def _vllm(name, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    for variable, value in {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(variable, value)
+def _vllm(name):
     vllm = pytest.importorskip(
         "vllm", reason="vllm is not installed: what the checkpoints generate on it cannot be tested"
     )

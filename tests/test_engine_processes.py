@@ -4,12 +4,10 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from helpers import command, ran, run_cli
+from server import Server
 
-from vllm_trace.checkpoints import checkpoint
 from vllm_trace.events import (
     RequestArrived,
     RequestFinished,
@@ -147,73 +145,14 @@ def test_hello_on_two_workers(tmp_path):
 NUM_CLIENTS = 200
 
 
-class Server:
-    """``vllm serve`` of the tiny model under ``record``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        folder.mkdir()
-        serve = [
-            "vllm", "serve", str(checkpoint("tiny-llama")), "--served-model-name", "tiny",
-            "--port", str(self.port), "--host", "127.0.0.1", "--enforce-eager",
-            "--block-size", "32", "--num-gpu-blocks-override", "200", "--max-model-len", "1024",
-            "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
-        ]  # fmt: skip
-        environ = os.environ | quiet_environment()
-        del environ["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server needs vLLM's own way
-        with open(folder / "log", "wb") as log:
-            self.process = subprocess.Popen(
-                command("record", "-o", folder / "made", "--", *serve),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environ,
-                cwd=folder,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
-
-    async def ready(self, session) -> None:
-        import aiohttp
-
-        for _ in range(600):
-            assert self.process.poll() is None, self.log
-            try:
-                async with session.get(f"http://127.0.0.1:{self.port}/health") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.3)
-        raise AssertionError(f"the server did not come up\n{self.log}")
-
-    async def complete(self, session, prompt: str, max_tokens: int) -> tuple[str, int, int]:
-        """(id, prompt tokens, completion tokens) of one request."""
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        url = f"http://127.0.0.1:{self.port}/v1/completions"
-        async with session.post(url, json=body | {"ignore_eos": True}) as answer:
-            assert answer.status == 200
-            told = await answer.json()
-            usage = told["usage"]
-            return told["id"], usage["prompt_tokens"], usage["completion_tokens"]
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     """Two, started at the same time: one is stopped by Ctrl-C, one by SIGTERM under load."""
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed: there is no client")
     folder = tmp_path_factory.mktemp("serve")
     started = [Server(folder / "calm"), Server(folder / "busy")]
     yield started
     for server in started:
-        if server.process.poll() is None:
-            os.killpg(server.process.pid, signal.SIGKILL)
+        server.kill()
 
 
 @pytest.fixture
@@ -450,7 +389,5 @@ def test_record_hands_signals_to_its_command(tmp_path, number):
         text=True,
     )
     assert "up\n" == process.stdout.readline()
-    began = time.monotonic()
     process.send_signal(number)
-    assert 3 == process.wait(timeout=30)
-    assert time.monotonic() - began < 30  # it did not sleep to the end
+    assert 3 == process.wait(timeout=30)  # it did not sleep to the end

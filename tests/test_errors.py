@@ -46,7 +46,8 @@ def test_an_unknown_name_is_answered_with_the_nearest_one(name, said):
 
 
 def test_a_long_list_of_names_is_counted_instead_of_shown():
-    assert "Known: 99 are known" == unknown("model", "x", [f"m{i}" for i in range(99)]).hint
+    hint = unknown("model", "x", [f"m{i:02}" for i in range(99)]).hint
+    assert hint.startswith("Known: m00, m01, ") and hint.endswith(", m23 and 75 more")
 
 
 def test_the_caller_may_give_the_hint():

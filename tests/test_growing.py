@@ -12,8 +12,10 @@ from test_show import STORY, arrived, scheduled, updated
 from vllm_trace import growing
 from vllm_trace.errors import TraceError
 from vllm_trace.events import SCHEMA_VERSION, BlocksTaken
-from vllm_trace.growing import GrowingFile, GrowingTrace
-from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile, TraceWriter, seal
+from vllm_trace.growing import FollowedTrace, GrowingFile, GrowingTrace
+from vllm_trace.trace import read_trace
+from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile
+from vllm_trace.tracewriter import TraceWriter, seal
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1 << 30, "host": "here"}
 
@@ -156,6 +158,22 @@ def test_files_that_come_later_and_one_that_is_begun_anew(tmp_path):
     assert [configured(), arrived(0, "x")] == [event for _, event in trace.new_events()]
     assert not trace.ended
     again.close({})
+
+
+def test_of_a_followed_trace_the_same_is_missing_as_of_a_finished_one(tmp_path):
+    lost = {"target": "vllm.x:Y.z", "state": "missing", "without": "steps have no end"}
+    writer = TraceWriter(tmp_path / "main-1.vtrace", HEADER | {"hooks": [lost]})
+    followed = FollowedTrace(tmp_path)
+    assert [] == list(followed.poll())
+    assert ["vllm.x:Y.z missing: steps have no end"] == [
+        said.partition(": ")[2] for said in followed.problems
+    ]
+    writer.close({"dropped": 2, "failures": {"vllm.x:Y.w": 3}})
+    assert [] == list(followed.poll())
+    trace = read_trace(tmp_path)
+    assert [] == list(trace.records())
+    assert trace.problems == followed.problems
+    assert 3 == len(trace.problems)
 
 
 def test_damage_is_an_error_and_no_hang(tmp_path):

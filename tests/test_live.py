@@ -2,9 +2,8 @@
 
 import io
 import json
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import configured, run_cli, write_trace
@@ -24,7 +23,7 @@ from vllm_trace.events import (
 from vllm_trace.show import SHARED, Filter, pool_columns
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent / "gold"
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1, "host": "here"}
@@ -36,25 +35,31 @@ def shown(follower, width=80, height=40, **more):
     return console.file.getvalue()
 
 
-def test_follow_shows_a_file_that_grows(tmp_path):
-    """The first look finds nothing, the next ones what a writer has added by then."""
+def test_follow_shows_a_file_that_grows(tmp_path, monkeypatch):
+    """The first look finds nothing, the next ones what a writer has added by then, until Ctrl-C."""
     (tmp_path / "trace").mkdir()
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
 
     def grow():
-        time.sleep(0.3)
+        yield
         writer = TraceWriter(tmp_path / "trace/main-1.vtrace", HEADER)
         begun = [BlocksTaken([1, 2]), SlotsAllocated(0, 40, 0, [[1, 2]], [], 6)]
         writer.write([configured(), arrived(0, "a"), *begun])
         for number in range(1, 41):
             writer.write([scheduled(number, [0], [1], 6), updated(number)])
-            time.sleep(0.02)
+            if number % 10 == 0:
+                yield
         writer.close({"dropped": 0, "failures": {}})
+        raise KeyboardInterrupt
 
-    writer = threading.Thread(target=grow)
-    writer.start()
-    live.follow(tmp_path, console, seconds=2, every=0.1)
-    writer.join()
+    growth = grow()
+
+    def look(follower, original=live.Follower.look):
+        next(growth, None)
+        original(follower)
+
+    monkeypatch.setattr(live.Follower, "look", look)
+    live.follow(tmp_path, console, every=0.01)
     told = console.file.getvalue()
     assert "waiting: no .vtrace file" in told
     assert "step 40 " in told
@@ -140,6 +145,33 @@ def test_rates_are_those_of_the_last_seconds_and_fall_to_nothing(tmp_path):
     assert (4.0, 12.0, 121) == (told["steps_per_s"], told["tokens_per_s"], told["step"])
     assert 0 == follower.to_dict(now=60.0)["engines"][0]["steps_per_s"]
     writer.close({})
+
+
+def test_a_look_that_takes_long_still_tells_a_rate_and_is_not_waited_for_as_long_again(
+    tmp_path, monkeypatch
+):
+    """On a busy machine a look takes seconds, in which the engine has not been idle."""
+    clock, naps = [100.0], []
+    events = [configured(), arrived(0, "a")]
+    for number in range(1, 5):
+        events += [scheduled(number, [0], [1], 6), updated(number)]
+        events[-2].started_ns = number * 500_000_000
+    write_trace(tmp_path, "main", 1, [events])
+
+    def new_events(trace, original=live.GrowingTrace.new_events):
+        yield from original(trace)
+        clock[0] += 9
+
+    def nap(seconds):
+        naps.append(seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(live.GrowingTrace, "new_events", new_events)
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=nap))
+    looks = []
+    live.follow_json(tmp_path, looks.append)
+    assert [2.0, 0.0] == [look["engines"][0]["steps_per_s"] for look in looks]
+    assert [live.LONGEST_PAUSE] == naps
 
 
 def test_a_large_pool_fits_a_small_screen(tmp_path):

@@ -17,7 +17,8 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 decode = msgspec.msgpack.Decoder(AnyEvent).decode
 u32 = st.integers(0, 2**32 - 1)

@@ -1,6 +1,7 @@
 """Commands run with tracing on; what becomes of the files of processes that are gone."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -21,7 +22,7 @@ LEAVES_AN_OPEN_FILE = f"""
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     from pathlib import Path
     from helpers import configured
-    from vllm_trace.tracefile import TraceWriter
+    from vllm_trace.tracewriter import TraceWriter
 
     folder = Path(os.environ["VTRACE_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,29 @@ def test_files_that_a_process_left_open_are_closed(tmp_path, code, truncated):
     assert 1 == len(list(trace.events()))
     assert truncated == trace.files[0].truncated
     assert [] == list(tmp_path.glob(f"made/*{TAIL_SUFFIX}"))
+
+
+def test_a_signal_that_comes_as_the_command_starts_reaches_it(tmp_path, monkeypatch):
+    def popen(*words, original=subprocess.Popen, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert 128 + signal.SIGTERM == run(tmp_path, "-c", "import time; time.sleep(100)")
+    assert handler is signal.getsignal(signal.SIGTERM)
+
+
+def test_what_is_ignored_here_is_ignored_by_the_command_too(tmp_path):
+    """``nohup`` ignores SIGHUP so that what it starts outlives the terminal."""
+    script = "import signal; raise SystemExit(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert 1 == run(tmp_path, "-c", script)
+        assert signal.SIG_IGN is signal.getsignal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert 0 == run(tmp_path, "-c", script)
 
 
 def test_a_file_that_is_still_written_is_left_alone(tmp_path, monkeypatch):

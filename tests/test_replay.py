@@ -9,10 +9,11 @@ from helpers import write_trace
 
 from vllm_trace import events as ev
 from vllm_trace.errors import TraceError
-from vllm_trace.replay import MODES, replay
+from vllm_trace.replay import MODES, again, replay
 from vllm_trace.replay.segments import OF_WORKERS
 from vllm_trace.trace import Record, Trace, read_trace
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = sorted((Path(__file__).parent / "gold").glob("*.vtrace"))
 
@@ -123,8 +124,20 @@ def test_the_script_of_a_divergence_shows_it_again(wanted, mode, capsys):
     exec(compile(found.script, "script", "exec"), {})
     *told, recorded, mini = capsys.readouterr().out.splitlines()
     assert recorded.startswith("recorded: ") and mini.startswith("mini: ")
+    assert max(map(len, found.script.splitlines())) <= again.WIDTH, "a terminal would break it"
     facts = [ast.literal_eval(line) for line in told if line.startswith("(")]
     assert found.mini in [" ".join(map(str, fact)) for fact in facts]
+
+
+def test_long_lines_of_a_script_are_folded_where_python_allows_it(capsys):
+    numbers, said = [*range(10**6, 10**6 + 60)], "blocks.taken " + "[1, 2, 3] " * 40
+    lines = [f"numbers = {numbers}", f"# {'why, ' * 40}", f"names = {{'a, b': {numbers}}}"]
+    program = again._folded([*lines, *again._printed("mini:    ", said)])
+    assert max(map(len, program.splitlines())) <= again.WIDTH + 2
+    found: dict = {}
+    exec(program, found)
+    assert (numbers, {"a, b": numbers}) == (found["numbers"], found["names"])
+    assert f"mini:     {said}\n" == capsys.readouterr().out
 
 
 def test_the_script_of_another_plan_plans_the_step_again(capsys):

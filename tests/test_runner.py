@@ -72,12 +72,12 @@ def test_collections_are_put_off_and_come_back():
 @pytest.mark.parametrize("model", ["./absent", "/absent/model", "~/absent-model", "../absent"])
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(model):
     with pytest.raises(UsageError, match="there is no model folder"):
-        runner._model_folder(model)
+        runner.model_folder(model)
 
 
 def test_other_models_are_left_to_vllm(tmp_path):
-    assert "facebook/opt-125m" == runner._model_folder("facebook/opt-125m")
-    assert str(tmp_path) == runner._model_folder(str(tmp_path))
+    assert "facebook/opt-125m" == runner.model_folder("facebook/opt-125m")
+    assert str(tmp_path) == runner.model_folder(str(tmp_path))
 
 
 @dataclass

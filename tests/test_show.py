@@ -219,7 +219,10 @@ def test_a_request_is_found_by_its_name_or_a_part_that_no_other_has(trace):
     assert ["a-10"] == [
         row["name"] for row in show.data(trace, "requests", Filter("-10"))["requests"]
     ]
-    with pytest.raises(UsageError, match=r"--request 'a-' is part of 2 names: a-1, a-10$"):
+    assert ["a-10"] == [
+        row["name"] for row in show.data(trace, "requests", Filter("#2"))["requests"]
+    ]
+    with pytest.raises(UsageError, match=r"'a-' may be any of 2 requests: a-1 \(#0\), a-10 \(#2\)"):
         show.view(trace, "requests", Filter("a-"), 24)
     with pytest.raises(UsageError, match=r"unknown request 'a-11'; did you mean 'a-1'\?"):
         show.view(trace, "requests", Filter("a-11"), 24)

@@ -1,5 +1,6 @@
 """The fold that every reader asks: tables, owners, counts, hashes."""
 
+import pytest
 from helpers import configured
 
 from vllm_trace.events import (
@@ -16,7 +17,7 @@ from vllm_trace.events import (
     SlotsAllocated,
     StepScheduled,
 )
-from vllm_trace.state import KVState
+from vllm_trace.state import KVState, computes_prompt
 
 
 def after(*events):
@@ -120,3 +121,21 @@ def test_what_a_sliding_window_left_behind_is_the_null_block():
 def test_a_new_engine_begins_afresh():
     state = after(*FIRST, configured(num_blocks=5))
     assert ({}, {}, {}, 4) == (state.tables, state.ref_cnts, state.hashes, state.num_free_blocks)
+
+
+@pytest.mark.parametrize(
+    ("count", "before", "more", "expected"),
+    [
+        (1, 39, {}, True),
+        (1, 40, {}, False),
+        (5, 40, {}, False),  # drafts
+        (1, None, {}, False),
+        (2, None, {}, True),
+        (4, None, {"num_spec_tokens": {0: 3}}, False),
+        (1, None, {"new": [0]}, True),
+        (1, None, {"resumed": [0]}, True),
+    ],
+)
+def test_what_is_computed_is_of_the_prompt_or_a_decode(count, before, more, expected):
+    """None: hits are not recorded, and so it is not known where a request stands."""
+    assert expected == computes_prompt(step(1, [0], [count], **more), 0, count, before, 40)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_LISTED = 24
+"""Known names that are listed where one is not known."""
+
 
 class VllmTraceError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -53,5 +56,6 @@ def unknown(what: str, name: str, known: Iterable[str], slug_hint: str = "") -> 
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.4)
     ask = f"; did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(names) if len(names) <= 24 else f"{len(names)} are known"
-    return UsageError(f"unknown {what} {name!r}{ask}", hint=slug_hint or f"Known: {listed}")
+    listed = ", ".join(names[:MOST_LISTED])
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return UsageError(f"unknown {what} {name!r}{ask}", hint=slug_hint or f"Known: {listed}{more}")

@@ -18,7 +18,7 @@ import zstandard
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import Event
-from vllm_trace.trace import time_of
+from vllm_trace.trace import Trace, time_of
 from vllm_trace.tracefile import (
     MAGIC,
     MAX_RAW,
@@ -224,11 +224,5 @@ class FollowedTrace:
     @property
     def problems(self) -> list[str]:
         """What keeps this trace from being the whole truth."""
-        said = [str(why) for why in self.broken.values()]
-        for file in self.files:
-            who = f"{file.header.get('role')}-{file.header.get('pid')}"
-            if file.dropped:
-                said.append(f"{who}: {file.dropped} events were dropped")
-            if file.truncated:
-                said.append(f"{who}: truncated ({file.truncated})")
-        return said
+        of_files = [sentence for file in self.files for sentence in Trace.problems_of(file)]
+        return [*self.broken.values(), *of_files]

@@ -33,11 +33,14 @@ from vllm_trace.events import (
 )
 from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.show import CACHED, FREE, SHARED, column_of, legend, span_of, style_of
-from vllm_trace.state import KVState
+from vllm_trace.state import KVState, computes_prompt
 from vllm_trace.summary import RequestLife, Step
 
 WINDOW = 5.0
 """Seconds that rates are taken over."""
+
+LONGEST_PAUSE = 2.0
+"""Seconds between two looks, however long the last one took."""
 
 KEPT_STEPS = 64
 """Steps that are remembered, for what workers tell of them later."""
@@ -122,9 +125,8 @@ class Engine:
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             life = self._life(request)
             life.num_steps += 1
-            before = self.state.computed.get(request, count) - count
-            known = not self.light or request in event.new or request in event.resumed
-            if before < life.num_prompt_tokens if known else count > 1:
+            before = None if self.light else self.state.computed.get(request, count) - count
+            if computes_prompt(event, request, count, before, life.num_prompt_tokens):
                 step.num_prefill_tokens += count
             else:
                 step.num_decode_tokens += count
@@ -208,9 +210,9 @@ class Follower:
 
     def look(self, now: float | None = None) -> None:
         """Read what is new."""
-        now = time.monotonic() if now is None else now
         self.problem = ""
         worked: list[Event] = []
+        fresh: dict[int, Engine] = {}
         try:
             for file, event in self.trace.new_events():
                 self.num_events += 1
@@ -220,9 +222,12 @@ class Follower:
                 engine = self._engine(file, event)
                 if engine is not None:
                     engine.take(event)
-                    engine.news = now
+                    fresh[id(engine)] = engine
         except (TraceError, OSError) as error:
             self.problem = str(error)
+        # By the end of the reading, which may take longer than an engine that is idle is waited for.
+        for engine in fresh.values():
+            engine.news = time.monotonic() if now is None else now
         for path in [path for path in self.engines if path not in self.trace.files]:
             del self.engines[path]
         # Of several engines it is not known whose step a worker tells of: each counts from 1.
@@ -278,9 +283,9 @@ def follow(
 ) -> None:
     """Show the end of a growing trace until Ctrl-C, or for so many seconds."""
     follower = Follower(path)
-    with Screen(console=console, refresh_per_second=4, transient=False) as screen:
+    with Screen(console=console, auto_refresh=False) as screen:
         for _ in _looks(follower, seconds, every):
-            screen.update(view(follower, console.width, console.height, only_map))
+            screen.update(view(follower, console.width, console.height, only_map), refresh=True)
 
 
 def follow_json(
@@ -300,8 +305,8 @@ def _looks(follower: Follower, seconds: float, every: float) -> Iterator[None]:
             began = time.monotonic()
             follower.look()
             yield
-            # The first look at a long trace takes a while: no more than a fifth of a core goes into it.
-            pause = max(every, 4 * (time.monotonic() - began))
+            # No more than a fifth of a core goes into it; but the next look must not have more to read each time.
+            pause = max(every, min(4 * (time.monotonic() - began), LONGEST_PAUSE))
             time.sleep(max(0.0, min(pause, end - time.monotonic())))
     except KeyboardInterrupt:
         pass

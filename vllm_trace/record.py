@@ -14,7 +14,8 @@ from pathlib import Path
 
 from vllm_trace.errors import UsageError
 from vllm_trace.options import Options
-from vllm_trace.tracefile import SUFFIX, is_sealed, seal
+from vllm_trace.tracefile import SUFFIX, is_sealed
+from vllm_trace.tracewriter import seal
 
 PATIENCE = 5.0
 """Seconds that processes of the command have to die after it."""
@@ -35,18 +36,27 @@ def record(command: Sequence[str], folder: Path, options: Options) -> int:
     environment = os.environ | replace(options, dir=str(folder.absolute())).to_environment()
     if not options.otlp:
         environment.pop("VTRACE_OTLP", None)
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
     stopped = False
-    process = subprocess.Popen([program, *command[1:]], env=environment)
 
     def forward(number: int, frame: object) -> None:
         nonlocal stopped
         stopped = True
+        if process is None:
+            early.append(number)
         # A terminal sends Ctrl-C to the whole group: the command has it already.
-        if number != signal.SIGINT or not sys.stdin.isatty():
+        elif number != signal.SIGINT or not sys.stdin.isatty():
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    # Before the command is there: one that comes in between would end this and leave its files open.
+    # What is ignored (nohup) stays so, here and in the command, which inherits it.
+    heard = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
+        process = subprocess.Popen([program, *command[1:]], env=environment)
+        for number in early:
+            process.send_signal(number)
         code = process.wait()
     finally:
         for number, handler in before.items():

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from multiprocessing import current_process, util
 from pathlib import Path
@@ -30,7 +30,8 @@ from vllm_trace.events import (
 )
 from vllm_trace.options import Options
 from vllm_trace.packing import I16, SCHEDULED, U32, U64, encoded, list_head, pack_scheduled
-from vllm_trace.tracefile import SUFFIX, TraceWriter
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter
 
 MAX_PENDING = 1_000_000
 """Captures held before a flush is forced; reached only when no step ever ends."""
@@ -118,6 +119,8 @@ class Recorder:
         self._plain = False
         """The writer is open and ``pending`` holds nothing but events."""
         self._flushing = False
+        self._num_lost = 0
+        """Before there was a file."""
         self._told: set[str] = set()
         self._closed = False
         _alive.add(self)
@@ -189,13 +192,20 @@ class Recorder:
         """Run the decoders whose device is done, in their order."""
         while self.waiting:
             ready, decode, values = self.waiting[0]
+            taken = False
             try:
                 if not ready(wait):
                     return
+                taken = True
                 event = decode(self, *values)
             except Exception as error:
                 self.probe_failed(decode.__name__, error)
                 event = None
+            except BaseException:  # Ctrl-C
+                if taken:
+                    self.waiting.popleft()
+                    self._lose(1)
+                raise
             self.waiting.popleft()
             if event is not None:
                 self.append(event)
@@ -208,37 +218,34 @@ class Recorder:
         """Something came between the two halves of a steady step: it becomes an ordinary event."""
         assert self.planned is not None
         step, at, dur, running, waiting, free, *kept = self.planned
-        self.planned = self.planned_of = None
-        event = pack_scheduled(
-            SCHEDULED,
-            step,
-            U64,
-            at,
-            U64,
-            dur,
-            U32,
-            running,
-            U32,
-            waiting,
-            U32,
-            free,
-            I16,
-            *(kept or [0]),
-        )
-        self.pending.insert(self.planned_at, event)
+        try:
+            self.planned = self.planned_of = None
+            event = pack_scheduled(
+                SCHEDULED, step, U64, at, U64, dur, U32, running, U32, waiting, U32, free, I16,
+                *(kept or [0]),
+            )  # fmt: skip
+            self.pending[self.planned_at : self.planned_at] = [event]
+        except BaseException:
+            self._lose(1)
+            raise
 
     def flush(self) -> None:
-        """Write what is pending as one batch; it is safe when this returns. Never raises."""
+        """Write what is pending as one batch; it is safe when this returns. Never raises.
+
+        Ctrl-C may come anywhere in it: what is not in the file by then stays for the next flush.
+        """
         pending = self.pending
-        if self.planned is not None:
-            self.spell_out_planned()
-        if not pending or self._flushing:
-            return
         failed = None
+        settled = -1
         try:
+            if self.planned is not None:
+                self.spell_out_planned()
+            if not pending or self._flushing:
+                return
             if self._plain or self._prepare():
                 writer = self.writer
                 assert writer is not None
+                settled = writer.num_events + writer.dropped
                 number = len(pending)
                 try:
                     data = b"".join(pending)
@@ -247,12 +254,17 @@ class Recorder:
                 writer.write_encoded(list_head(number) + data, number)
                 if writer.failure:
                     self._tell_failure()
+            pending.clear()
         except Exception as error:
             failed = error
-            if self.writer is not None:
-                self.writer.dropped += len(pending)
-        finally:
+            self._lose(len(pending))
             pending.clear()
+        except BaseException:
+            self._flushing = False
+            writer = self.writer
+            if writer is not None and settled not in (-1, writer.num_events + writer.dropped):
+                pending.clear()
+            raise
         if failed is not None:
             self.probe_failed("the recorder's flush", failed)
 
@@ -266,27 +278,39 @@ class Recorder:
         finally:
             self._flushing = False
         self._plain = self.writer is not None
-        return self._plain
+        return self._plain and bool(self.pending)
 
     def _decode(self) -> None:
         """Replace what was deferred by the events that its decoders make, in place."""
-        taken = self.pending[:]
-        self.pending.clear()
-        for item in taken:
-            if type(item) is tuple:
-                decode, values = item
-                try:
-                    event = decode(self, *values)
-                except Exception as error:
-                    self.probe_failed(decode.__name__, error)
-                    continue
-                if event is not None:
-                    self.append(event)
-            else:
-                self.append(item)
+        rest: Iterator[Any] = iter(())
+        try:
+            rest, self.pending[:] = iter(self.pending[:]), ()
+            for item in rest:
+                if type(item) is tuple:
+                    decode, values = item
+                    try:
+                        event = decode(self, *values)
+                    except Exception as error:
+                        self.probe_failed(decode.__name__, error)
+                        continue
+                    if event is not None:
+                        self.append(event)
+                else:
+                    self.append(item)
+        except BaseException:  # Ctrl-C
+            self._lose(1)  # the one that was being decoded: a decoder does not run twice
+            self.pending.extend(rest)
+            raise
         self._take_ready()
         if self.pending and self.writer is None:
             self._open()
+
+    def _lose(self, num_events: int) -> None:
+        """Count events that will never be written."""
+        if self.writer is not None:
+            self.writer.drop(num_events)
+        else:
+            self._num_lost += num_events
 
     def _tell_failure(self) -> None:
         assert self.writer is not None
@@ -303,6 +327,7 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = TraceWriter(folder / name, self._header())
+            self.writer.drop(self._num_lost)
             self.write_steady_step = self.writer.write_steady_step
             self.write_steady_step_alone = self.writer.write_steady_step_alone
         except OSError as error:
@@ -327,25 +352,22 @@ class Recorder:
         } | self.notes
 
     def close(self) -> None:
-        """Flush, write the footer, and take no more events."""
-        if self._closed:
-            return
-        if self.planned is not None:
-            self.spell_out_planned()
-        self.flush()
-        if self.waiting:
-            self._take_ready(wait=True)
-            self._plain = False
+        """Flush, write the footer, and take no more events. Safe to call again, after Ctrl-C too."""
+        if not self._closed:
             self.flush()
+            if self.waiting:
+                self._take_ready(wait=True)
+                self._plain = False
+                self.flush()
         self.write_steady_step = self.write_steady_step_alone = _cannot_write
         self.steady_of = None
         self._closed = True
         self._plain = False
+        if self.writer is not None:
+            self.writer.close({"dropped": self.writer.dropped, "failures": self.failures})
         self._finalizer.cancel()
         atexit.unregister(self.close)
         _alive.discard(self)
-        if self.writer is not None:
-            self.writer.close({"dropped": self.writer.dropped, "failures": self.failures})
 
     # What goes wrong ------------------------------------------------------------------
 

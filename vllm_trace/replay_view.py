@@ -15,11 +15,14 @@ from vllm_trace.divergence import Divergence, PoolState
 from vllm_trace.replay import Replayed
 
 MAX_TABLES = 12
+SILENT = "Silent calls took no block: the trace only counts them, and each was made again."
 
 
 def verdict(results: Sequence[Replayed]) -> RenderableType:
     """One line a replay, then the first divergence with both sides."""
-    table = render.table("replay", "events", "consumed", "compared", "verdict", left=(0, 4))
+    table = render.table(
+        "replay", "events", "consumed", "facts equal", "silent calls", "verdict", left=(0, 5)
+    )
     for one in results:
         share = 100 * one.num_consumed / one.num_events if one.num_events else 0
         if one.passed:
@@ -30,9 +33,11 @@ def verdict(results: Sequence[Replayed]) -> RenderableType:
             )
         else:
             said = Text("not judged", style="yellow")
-        row = (one.mode, str(one.num_events), f"{share:.1f} %", str(one.num_compared), said)
-        table.add_row(*row)
+        counts = (str(one.num_compared), str(one.num_silent))
+        table.add_row(one.mode, str(one.num_events), f"{share:.1f} %", *counts, said)
     parts: list[RenderableType] = [table]
+    if any(one.num_silent for one in results):
+        parts.append(Text(SILENT, style="dim"))
     for one in results:
         if one.divergence is not None:
             parts += [Text(), Text(f"First divergence ({one.mode} replay)", style="bold")]
@@ -72,7 +77,7 @@ def sides(recorded: PoolState, mini: PoolState) -> Table:
         made.add_row(title, Text(left, style=style), Text(right, style=style))
 
     row("free", str(len(recorded.free_list)), str(len(mini.free_list)))
-    queues = [render.ids(side.free_list, limit=24) for side in (recorded, mini)]
+    queues = [render.ids(side.free_list, limit=24) or "–" for side in (recorded, mini)]
     row("next out", *queues)
     names = {**recorded.tables, **mini.tables}
     differing = [n for n in names if recorded.tables.get(n) != mini.tables.get(n)]

@@ -106,7 +106,7 @@ def start_engine(
         if name not in known:
             raise unknown("engine argument", name, known, "All of them: vllm serve --help=all")
     model = model or str(asked.get("model") or scenario.engine["model"])
-    folder = _model_folder(model)
+    folder = model_folder(model)
     arguments, notes = fit_to_platform(
         STEADY | (EXACT if folder != model else {}) | dict(scenario.engine) | asked, attention
     )
@@ -169,7 +169,11 @@ def fit_to_platform(
     return arguments, notes
 
 
-def _model_folder(model: str) -> str:
+def model_folder(model: str) -> str:
+    """A name of ours made a folder; any other is as vLLM takes it.
+
+    Raises: ``UsageError`` for a path that is not there.
+    """
     from vllm_trace import checkpoints
 
     if model in checkpoints.NAMES:
@@ -211,7 +215,7 @@ def stop_engine(llm: Any) -> None:
 def warnings_of(log: Path) -> list[str]:
     """What this package itself said while stderr went to the log."""
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     return [line for line in lines if line.startswith("vllm-trace:")]
@@ -341,7 +345,7 @@ def no_gc() -> Iterator[None]:
 
 def _lines_of(log: Path) -> list[str]:
     """Without torch's warnings that Triton is absent and the like: ``W1121 08:16:03.8 …``."""
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line for line in lines if not re.match(r"[IW]\d{4} \d\d:", line)]
 
 

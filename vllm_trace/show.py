@@ -13,6 +13,7 @@ from rich.text import Text
 from vllm_trace import render
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import KINDS, EngineConfigured, StepScheduled, StepUpdated, to_dict
+from vllm_trace.naming import requests_called
 from vllm_trace.state import KVState
 from vllm_trace.summary import Summary
 from vllm_trace.trace import REQUEST_LISTS, Record, Trace
@@ -26,7 +27,7 @@ class Filter:
     """What to keep."""
 
     request: str = ""
-    """A request's name, or a part of it that no other name has."""
+    """As a user names it; ``naming.requests_called`` finds it."""
     first_step: int = 0
     last_step: int = OPEN
     kinds: tuple[str, ...] = ()
@@ -66,29 +67,12 @@ class Filter:
             )
 
 
-def numbers_called(names: Mapping[int, str], name: str) -> set[int]:
-    """Numbers of the request of that name (a name may come again), or of the only one that has
-    it as a part.
-
-    Raises: ``UsageError`` when there is none, or several names have that part.
-    """
-    exact = {number for number, known in names.items() if known == name}
-    found = exact or {number for number, known in names.items() if name in known}
-    called = sorted({names[number] for number in found})
-    if not found:
-        raise unknown("request", name, set(names.values()))
-    if len(called) > 1:
-        some = ", ".join(called[:5]) + (" …" if len(called) > 5 else "")
-        raise UsageError(f"--request {name!r} is part of {len(called)} names: {some}")
-    return found
-
-
 def select(trace: Trace, wanted: Filter) -> Summary:
     """The summary of a trace with only the steps and requests that are wanted."""
     summary = Summary.of(trace)
     if wanted.request:
         known = {life.request: life.name for life in summary.requests}
-        found = numbers_called(known, wanted.request)
+        found = requests_called(known, wanted.request)
         summary.requests = [life for life in summary.requests if life.request in found]
         first = min(life.first_step for life in summary.requests)
         last = max(life.last_step for life in summary.requests)
@@ -199,7 +183,7 @@ def _numbers_wanted(trace: Trace, wanted: Filter) -> set[int]:
         return set()
     for _ in trace.records():  # a first time, to learn the names
         pass
-    return numbers_called(trace.names, wanted.request)
+    return {*requests_called(trace.names, wanted.request)}
 
 
 def _speaks_of(event: Any, numbers: set[int]) -> bool:
@@ -332,7 +316,7 @@ def pool_map(trace: Trace, wanted: Filter, width: int = 64) -> RenderableType:
         used = max(used, column.last_used())
     if not shown:
         return Text("no such step in this trace")
-    named = numbers_called(trace.names, wanted.request) if wanted.request else set()
+    named = {*requests_called(trace.names, wanted.request)} if wanted.request else set()
     rows_per_line = max(1, -(-used // 48))
     lines = [
         Text(f"steps {shown[0].step} to {last}, a column is {_many(stride, 'step')}"),

@@ -133,6 +133,20 @@ class KVState:
         self.num_free_blocks = event.num_free_blocks
 
 
+def computes_prompt(
+    step: StepScheduled, request: int, count: int, before: int | None, num_prompt_tokens: int
+) -> bool:
+    """Whether the ``count`` tokens of a request in a step are of its prompt, and no decode.
+
+    ``before``: its tokens computed until then; None where hits are not recorded (level light). A
+    chunk of a single token, other than the first, is taken for a decode then.
+    """
+    if before is not None:
+        return before < num_prompt_tokens
+    more = count - step.num_spec_tokens.get(request, 0)
+    return more > 1 or request in step.new or request in step.resumed
+
+
 _HANDLERS: dict[type[Event], Callable[..., None]] = {
     EngineConfigured: KVState._engine_configured,
     RequestArrived: KVState._request_arrived,

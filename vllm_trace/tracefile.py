@@ -1,4 +1,4 @@
-"""The file of one process: written while an engine runs, read without one.
+"""The file of one process, and its reader; ``tracewriter`` writes it while an engine runs.
 
 Layout of ``<role>-<pid>.vtrace``::
 
@@ -23,20 +23,19 @@ reader knows that it has those batches already. The tail goes away when the file
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
+import functools
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Union
 
 import msgspec
 import zstandard
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
+    EVENT_TYPES,
     SCHEMA_VERSION,
     AnyEvent,
     EngineConfigured,
@@ -47,7 +46,6 @@ from vllm_trace.events import (
     StepUpdated,
     tag_of,
 )
-from vllm_trace.packing import encoded, list_head
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
@@ -56,273 +54,31 @@ TAIL_SUFFIX = ".tail"
 MAX_BLOCKS = 1 << 24
 """A pool that claims more is damage too: 16 times what the largest devices hold of the smallest models."""
 
-_FRAME = struct.Struct("<cIII")
+FRAME = struct.Struct("<cIII")
 TAIL = struct.Struct("<8sQQ104s")
 SIZE = struct.Struct("<I")
-_put_size = SIZE.pack_into
-
-TAIL_SIZE = 512 * 1024
-"""Bytes of batches before they are compressed into a frame."""
 
 MAX_RAW = 64 * 1024 * 1024
 """A frame that claims more than this is damage, not data: it bounds a reader's memory."""
 
-# A steady step as MessagePack with numbers of fixed width (0xce: u32, 0xcf: u64): StepScheduled with its
-# first seven fields and StepUpdated with its first three. The number of silent calls, a byte, is in the middle.
-_STEADY = struct.Struct(">3sIBQBIBIBIBI4sIBQBI")
-_STEADY_ALONE = struct.Struct(">4sIBQBIBIBIBI4sIBQBI")
-_STEADY_FRONT = struct.Struct("<IB")  # the size of the batch, and that it is a list of so many
-_STEADY_HEAD = bytes([0x98, tag_of(StepScheduled), 0xCE])
-_STEADY_MIDDLES = {
-    kept: bytes([kept & 0xFF, 0x94, tag_of(StepUpdated), 0xCE]) for kept in range(-1, 128)
-}
+Decode = Callable[[Any], list[Any]]
 
-decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+decode_batch: Decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+
+
+@functools.cache
+def decoder_without(*kinds: type[Event]) -> Decode:
+    """Like ``decode_batch``, for a reader that passes these kinds by: of each such event only its place is left."""
+    told = [one for one in EVENT_TYPES if one not in kinds]
+    silent = [
+        msgspec.defstruct(one.__name__, [], tag=tag_of(one), array_like=True, gc=False)
+        for one in kinds
+    ]
+    return msgspec.msgpack.Decoder(list[Union[tuple(told + silent)]]).decode  # type: ignore[misc]  # noqa: UP007
+
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
-class TraceWriter:
-    """Writes the file of one process.
-
-    Never raises after it was opened: what could not be written is counted in ``dropped``, and
-    ``failure`` says why.
-
-    Raises: ``OSError`` when the file cannot be made.
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any], tail_size: int = TAIL_SIZE) -> None:
-        self.path = path
-        self.num_events = 0
-        self.dropped = 0
-        self.failure = ""
-        self._compress = zstandard.ZstdCompressor(level=1).compress
-        self._num_frames = 0
-        self._file: BinaryIO = open(path, "xb", buffering=0)  # noqa: SIM115
-        self._tail_path = path.with_name(path.name + TAIL_SUFFIX)
-        try:
-            self._file.write(MAGIC)
-            self._write_frame(b"H", msgspec.json.encode(header), compress=False)
-            self._tail = self._open_tail(tail_size)
-        except OSError:
-            self._file.close()
-            path.unlink(missing_ok=True)
-            self._tail_path.unlink(missing_ok=True)
-            raise
-        # Room for the size of 0 that ends the batches is always left.
-        self._tail_end = len(self._tail) - SIZE.size
-        self._used = self._tail_end
-        self._begin_tail()
-
-    def _open_tail(self, size: int) -> mmap.mmap:
-        with open(self._tail_path, "x+b") as file:
-            # Without real blocks behind it, a full disk would turn a store into a SIGBUS.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return mmap.mmap(file.fileno(), size)
-
-    def _begin_tail(self) -> None:
-        # Zeros all the way, so that a batch always has a size of 0 behind it. When the tail is new
-        # this also touches each of its pages: no step pays for a page fault later.
-        self._tail[TAIL.size : self._used] = bytes(self._used - TAIL.size)
-        self._tail[: TAIL.size] = TAIL.pack(
-            MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
-        )
-        self._used = TAIL.size
-
-    def write(self, events: list[Event]) -> None:
-        """Add one batch. It is safe from ``kill -9`` when this returns."""
-        self.write_encoded(list_head(len(events)) + b"".join(map(encoded, events)), len(events))
-
-    def write_encoded(self, data: bytes, num_events: int) -> None:
-        """The same for a batch that is MessagePack already, its list head included."""
-        begin = self._used
-        end = begin + 4 + len(data)
-        if end > self._tail_end:
-            self._write_around_tail(data, num_events)
-            return
-        tail = self._tail
-        tail[begin + 4 : end] = data
-        # The size goes in last: until then the batch does not exist for a reader.
-        _put_size(tail, begin, len(data))
-        self._used = end
-        self.num_events += num_events
-
-    # Names that are constants of the next two are their defaults: what a step looks up in a module's
-    # dictionary is in no cache by then.
-
-    def write_steady_step(
-        self,
-        planned: tuple[int, ...],
-        started_ns: int,
-        dur_ns: int,
-        before: list[bytes],
-        *,
-        put: Callable[..., None] = _STEADY.pack_into,
-        size: int = _STEADY.size,
-        head: bytes = _STEADY_HEAD,
-        middles: dict[int, bytes] = _STEADY_MIDDLES,
-        put_front: Callable[..., None] = _STEADY_FRONT.pack_into,
-    ) -> bool:
-        """Add a batch of events, a ``step.scheduled`` like the last one, and its ``step.updated``.
-
-        ``planned``: step, started, duration, running, waiting, free, silent calls. The same bytes as
-        ``write`` would store but for the width of the numbers, made in place. False when it
-        does not fit, or ``before`` is not all bytes; the caller takes the long way then.
-        """
-        step, at, dur, running, waiting, free, kept = planned
-        number = len(before) + 2
-        tail, begin = self._tail, self._used + 5
-        try:
-            data = b"".join(before)
-            place = begin + len(data)
-            end = place + size
-            if end > self._tail_end or number > 15:
-                return False
-            put(
-                tail, place, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
-                0xCE, free, middles[kept], step, 0xCF, started_ns, 0xCE, dur_ns,
-            )  # fmt: skip
-        except (TypeError, KeyError, struct.error):
-            return False
-        tail[begin:place] = data
-        # The size goes in last: until then the batch does not exist for a reader.
-        put_front(tail, begin - 5, end - begin + 1, 0x90 + number)
-        self._used = end
-        self.num_events += number
-        return True
-
-    def write_steady_step_alone(
-        self,
-        planned: tuple[int, ...],
-        started_ns: int,
-        dur_ns: int,
-        *,
-        put: Callable[..., None] = _STEADY_ALONE.pack_into,
-        size: int = _STEADY_ALONE.size,
-        head: bytes = b"\x92" + _STEADY_HEAD,
-        middle: bytes = _STEADY_MIDDLES[0],
-    ) -> bool:
-        """The same with nothing before it, in a step without silent calls: all that level light writes."""
-        step, at, dur, running, waiting, free = planned
-        tail, begin = self._tail, self._used
-        end = begin + 4 + size
-        if end > self._tail_end:
-            return False
-        try:
-            put(
-                tail, begin + 4, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
-                0xCE, free, middle, step, 0xCF, started_ns, 0xCE, dur_ns,
-            )  # fmt: skip
-        except struct.error:
-            return False
-        tail[begin] = size  # below 256, before zeros
-        self._used = end
-        self.num_events += 2
-        return True
-
-    def _write_around_tail(self, data: bytes, num_events: int) -> None:
-        """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
-        self.flush_tail()
-        if self.failure or SIZE.size + len(data) > MAX_RAW:  # no reader would take that frame
-            self._drop(num_events)
-        elif TAIL.size + 4 + len(data) > self._tail_end:
-            if self._write_events(SIZE.pack(len(data)) + data):
-                self.num_events += num_events
-            else:
-                self._drop(num_events)
-        else:
-            self.write_encoded(data, num_events)
-
-    def flush_tail(self) -> None:
-        """Compress the tail's batches into a frame and begin a new one."""
-        if self._used == TAIL.size or self.failure:
-            return
-        self._write_events(self._tail[TAIL.size : self._used])
-
-    def _write_events(self, raw: bytes | bytearray) -> bool:
-        try:
-            self._write_frame(b"E", raw, compress=True)
-        except OSError as error:
-            self.failure = f"{error.strerror or error}"
-            self._tail_end = 0  # so that ``write`` need not ask for a failure
-            self._drop(0)
-            return False
-        self._num_frames += 1
-        self._begin_tail()
-        return True
-
-    def _write_frame(self, kind: bytes, raw: bytes | bytearray, *, compress: bool) -> None:
-        frame = _frame(kind, raw, self._compress if compress else bytes)
-        begin = self._file.tell()
-        view = memoryview(frame)
-        try:
-            while view:
-                view = view[self._file.write(view) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._file.truncate(begin)
-                self._file.seek(begin)
-            raise
-
-    def _drop(self, num_events: int) -> None:
-        """Count what is lost where it can still be written: in the tail's own header."""
-        self.dropped += num_events
-        self._tail[: TAIL.size] = TAIL.pack(
-            MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
-        )
-
-    def close(self, footer: dict[str, Any]) -> None:
-        """Write what is left and the footer. Safe to call twice."""
-        if self._file.closed:
-            return
-        self.flush_tail()
-        complete = not self.failure
-        if complete:
-            body = {"num_events": self.num_events, "num_frames": self._num_frames} | footer
-            try:
-                self._write_frame(b"F", msgspec.json.encode(body), compress=False)
-            except OSError as error:
-                self.failure = f"{error.strerror or error}"
-                self._drop(0)
-                complete = False
-        self._tail.close()
-        self._file.close()
-        if complete:
-            self._tail_path.unlink(missing_ok=True)
-
-
-def _frame(kind: bytes, raw: bytes | bytearray, store: Callable[[Any], bytes]) -> bytes:
-    stored = store(raw)
-    return _FRAME.pack(kind, len(raw), len(stored), zlib.crc32(stored)) + stored
-
-
-def seal(path: Path, ended: str) -> bool:
-    """Close the file of a process that is gone: its tail becomes a frame, and a footer follows.
-
-    ``ended`` is ``stopped`` when somebody asked the process to stop, ``killed`` otherwise; a
-    killed process's file stays marked as truncated. Returns whether there was anything to do;
-    a file whose process still runs, or that cannot be read, is left as it is.
-    """
-    try:
-        file = TraceFile(path).finish()
-    except TraceError:
-        return False
-    if file.footer or is_running(file.header.get("pid", 0)):
-        return False
-    raw = b"".join(SIZE.pack(len(body)) + body for body in file.tail())
-    footer = {"num_events": file.num_events, "dropped": file.dropped, "ended": ended}
-    try:
-        with open(path, "r+b") as out:
-            out.truncate(file.num_bytes)
-            out.seek(file.num_bytes)
-            if raw:
-                out.write(_frame(b"E", raw, zstandard.ZstdCompressor().compress))
-            out.write(_frame(b"F", msgspec.json.encode(footer), bytes))
-    except OSError:
-        return False
-    path.with_name(path.name + TAIL_SUFFIX).unlink(missing_ok=True)
-    return True
 
 
 def is_sealed(path: Path) -> bool:
@@ -336,10 +92,11 @@ def is_sealed(path: Path) -> bool:
 def is_running(pid: int) -> bool:
     """Whether a process is there and no zombie; a file's writer is gone when it is not."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # The name before the bracket is any bytes, and cut off within a character.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except (OSError, IndexError):
         return False
-    return state not in "ZX"
+    return state not in b"ZX"
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -436,17 +193,19 @@ class TraceFile:
             )
         return header
 
-    def batches(self) -> Iterator[list[Event]]:
+    def batches(self, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         """Yield the events of one flush after the other, holding one frame at a time.
+
+        ``decode`` may be one of ``decoder_without``.
 
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
         for raw in self.frames():
-            yield from self._decode_frame(raw)
+            yield from self._decode_frame(raw, decode)
         for body in self.tail():
             try:
-                batch = decode_batch(body)
+                batch = decode(body)
             except UNREADABLE:
                 return
             yield self._whole(batch)
@@ -524,14 +283,14 @@ class TraceFile:
         killed = self.footer.get("ended") == "killed"
         self.truncated = "the process was killed" if killed else ""
 
-    def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
+    def _decode_frame(self, raw: bytes, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
         while position < len(raw):
             try:
                 (size,) = SIZE.unpack_from(view, position)
                 if size > len(raw) - position - 4:
                     raise struct.error(f"a batch claims {size} bytes")
-                batch = decode_batch(view[position + 4 : position + 4 + size])
+                batch = decode(view[position + 4 : position + 4 + size])
             except (struct.error, *UNREADABLE) as error:
                 raise TraceError(
                     f"{self.path} is damaged after event {self.num_events}: {error}"
@@ -631,10 +390,10 @@ def batches_in(data: bytes, position: int) -> Iterator[bytes]:
 def read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
     """Return kind and stored bytes. Raises: ``EOFError`` at a torn or missing end."""
     at = file.tell()
-    head = file.read(_FRAME.size)
-    if len(head) < _FRAME.size:
+    head = file.read(FRAME.size)
+    if len(head) < FRAME.size:
         raise EOFError("" if not head else f"torn frame at byte {at}")
-    kind, raw_size, stored_size, crc = _FRAME.unpack(head)
+    kind, raw_size, stored_size, crc = FRAME.unpack(head)
     if raw_size > MAX_RAW or stored_size > MAX_RAW:
         raise TraceError(f"{path} is damaged at byte {at}: a frame claims {raw_size} bytes")
     body = file.read(stored_size)
@@ -646,6 +405,7 @@ def read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:
 
 
 def unzip(decompress: Any, body: bytes, path: Path, file: BinaryIO) -> bytes:
+    """The batches of an event frame; no more bytes than ``MAX_RAW``, whatever it claims."""
     try:
         size = zstandard.frame_content_size(body)
         if not 0 <= size <= MAX_RAW:

@@ -156,9 +156,22 @@ def test_a_file_that_is_none_is_refused(tmp_path, change, said):
         ("query_start_loc", [0, 5]),
         ("table", torch.tensor([[0, 9]])),
         ("table", torch.tensor([[0, -1]])),
+        ("query_start_loc", [1, 0, 1]),
+        ("seq_lens", ["9"]),
+        ("seq_lens", 9),
+        ("scale", "small"),
+        ("softcap", [1]),
+        ("about", 3),
+        ("block_ids", torch.zeros(1)),
+        ("key_blocks", torch.zeros(2, 0, 2, 16)),
+        ("key_blocks", torch.zeros(2, 8, 3, 16)),
+        ("value_blocks", torch.zeros(2, 8, 2, 8)),
+        ("value_blocks", torch.zeros(2)),
+        ("query", torch.zeros(1, 64)),
     ],
+    ids=str,
 )
-def test_a_table_or_length_that_leads_outside_is_refused(tmp_path, field, value):
+def test_what_does_not_belong_together_or_leads_outside_is_refused(tmp_path, field, value):
     case = case_of((9,), (1,))
     setattr(case, field, value)
     case.save(tmp_path / "call.safetensors")

@@ -81,7 +81,9 @@ def test_the_texts_of_those_figures(made):
 )
 def test_bad_input_is_named_and_leaves_nothing(capsys, monkeypatch, tmp_path, words, said):
     if words[0] == "--model":
-        pytest.importorskip("vllm")
+        pytest.importorskip(
+            "vllm", reason="vLLM is not installed: there is no engine to give a model to"
+        )
     monkeypatch.chdir(tmp_path)
     assert 2 == cli.main(["bench", *words])
     told = capsys.readouterr()

@@ -3,11 +3,11 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("tokenizers")
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given, settings  # noqa: E402
+torch = pytest.importorskip("torch", reason="torch is not installed: the engine computes with it")
+pytest.importorskip("tokenizers", reason="checkpoints are made with tokenizers")
 
 from vllm_trace.benchmark.small import SmallEngine  # noqa: E402
 from vllm_trace.checkpoints import checkpoint  # noqa: E402

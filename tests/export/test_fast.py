@@ -35,7 +35,8 @@ from vllm_trace.export import (
     tables,
 )
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import SUFFIX, TAIL_SUFFIX, TraceFile, TraceWriter, decode_batch
+from vllm_trace.tracefile import SUFFIX, TAIL_SUFFIX, TraceFile, decode_batch
+from vllm_trace.tracewriter import TraceWriter, _frame
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,8 +156,6 @@ def test_silent_calls_are_counted_as_by_the_plain_reader(data):
 
 def test_unusual_bytes_are_read_on_by_the_other(tmp_path, monkeypatch):
     """A number of half the width, which no recorder writes and msgspec takes."""
-    from vllm_trace import tracefile
-
     usual = [looked_up(0, 4), *ended(0, [1])]
     bodies = [msgspec.msgpack.encode([event]) for event in usual]
     odd = msgspec.msgpack.encode([arrived(1, "odd", 4)])
@@ -168,7 +167,7 @@ def test_unusual_bytes_are_read_on_by_the_other(tmp_path, monkeypatch):
     footer = data.index(b"F", len(data) - 80)
     import zstandard
 
-    frame = tracefile._frame(b"E", raw, zstandard.ZstdCompressor().compress)
+    frame = _frame(b"E", raw, zstandard.ZstdCompressor().compress)
     path.write_bytes(data[:footer] + frame + data[footer:])
     monkeypatch.setattr(fast, "PIECE", 10)
     quick, slow = read_trace(trace), read_trace(trace)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import recorded
 
+from export.span_trees import CLIENT, one_request
 from vllm_trace.cli import main
 from vllm_trace.export import ExportOptions, attributes, export, jaeger_json
 from vllm_trace.export.spans import spans
@@ -62,8 +63,6 @@ def test_ids_parents_and_order(name):
 
 
 def test_requests_that_share_the_clients_trace_are_one_trace(tmp_path):
-    from tests.export.test_spans import CLIENT, one_request
-
     first, second = one_request(traceparent=CLIENT), one_request(traceparent=CLIENT)[1:]
     for event in second:
         if hasattr(event, "request"):

@@ -11,16 +11,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from helpers import command, run_cli
+from helpers import run_cli
+from server import Server
 
-from tests.export.receiver import Inbox, assert_trees, grpc_receiver, http_receiver, values
-from vllm_trace.checkpoints import checkpoint
+from export.receiver import Inbox, assert_trees, grpc_receiver, http_receiver, values
 from vllm_trace.export import attributes as a
 from vllm_trace.export.spans import SpanFold, spans
 from vllm_trace.runner import quiet_environment
@@ -128,67 +130,34 @@ def client_span(number: int) -> str:
     return f"00-{0xABC000 + number:032x}-{0xDEF000 + number:016x}-01"
 
 
-async def _ask(port: int, process: subprocess.Popen) -> list[dict]:
+async def _ask(server: Server) -> list[tuple[str, int, int]]:
     import aiohttp
 
-    url = f"http://127.0.0.1:{port}"
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                async with session.get(f"{url}/health") as answer:
-                    if answer.status == 200:
-                        break
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.3)
+        await server.ready(session)
 
-        async def complete(number: int) -> dict:
-            body = {
-                "model": "tiny", "prompt": f"{number % 3}: what is " + "paging " * 20,
-                "max_tokens": 4 + number, "temperature": 0, "ignore_eos": True,
-            }  # fmt: skip
+        def complete(number: int) -> Coroutine[Any, Any, tuple[str, int, int]]:
+            prompt = f"{number % 3}: what is " + "paging " * 20
             # The last one comes without a trace of its own.
-            headers = {"traceparent": client_span(number)} if number < NUM_CLIENTS - 1 else {}
-            async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
-                assert 200 == answer.status
-                return await answer.json()
+            headers = {"traceparent": client_span(number)} if number < NUM_CLIENTS - 1 else None
+            return server.complete(session, prompt, 4 + number, headers)
 
-        return await asyncio.gather(*(complete(number) for number in range(NUM_CLIENTS)))
+        return await asyncio.gather(*map(complete, range(NUM_CLIENTS)))
 
 
 def test_record_of_a_server_continues_its_clients_traces(tmp_path):
     """vLLM drops ``traceparent`` unless its own tracing is on: ``--otlp-traces-endpoint``."""
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed: there is no client")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     inbox = Inbox()
-    environ = os.environ | quiet_environment()
-    del environ["VLLM_ENABLE_V1_MULTIPROCESSING"]  # a server needs vLLM's own way
-    with grpc_receiver(inbox) as url, open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(
-            command(
-                "record", "--otlp", url, "-o", tmp_path / "made", "--",
-                "vllm", "serve", checkpoint("tiny-llama"), "--served-model-name", "tiny",
-                "--port", str(port), "--host", "127.0.0.1", "--enforce-eager", "--block-size", "32",
-                "--num-gpu-blocks-override", "200", "--max-model-len", "1024",
-                "--kv-cache-memory-bytes", str(64 << 20), "--dtype", "float32",
-                "--otlp-traces-endpoint", url,
-            ),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd=tmp_path,
-            start_new_session=True,
-        )  # fmt: skip
+    with grpc_receiver(inbox) as url:
+        server = Server(tmp_path, record=["--otlp", url], serve=["--otlp-traces-endpoint", url])
         try:
-            answers = asyncio.run(_ask(port, process))
-            process.send_signal(signal.SIGINT)
-            code = process.wait(timeout=120)
+            answers = asyncio.run(_ask(server))
+            server.process.send_signal(signal.SIGINT)
+            code = server.process.wait(timeout=120)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    said = (tmp_path / "log").read_text(errors="replace")
-    assert 0 == code, said
-    assert f"spans of {NUM_CLIENTS} requests to {url}\n" in said
+            server.kill()
+    assert 0 == code, server.log
+    assert f"spans of {NUM_CLIENTS} requests to {url}\n" in server.log
 
     parents = {client_span(number)[36:52]: number for number in range(NUM_CLIENTS)}
     remote = tuple(bytes.fromhex(parent) for parent in parents)
@@ -202,7 +171,7 @@ def test_record_of_a_server_continues_its_clients_traces(tmp_path):
         assert client_span(number)[3:35] == root.trace_id.hex()
         told = values(root.attributes)
         assert 4 + number == told[a.OUTPUT_TOKENS]
-        assert told[a.REQUEST_ID].startswith(answers[number]["id"])
+        assert told[a.REQUEST_ID].startswith(answers[number][0])
     assert NUM_CLIENTS == len(facts)
     # vLLM's own span of a request stands beside ours, under the same span of the client.
     theirs = [

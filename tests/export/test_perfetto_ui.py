@@ -7,11 +7,12 @@ pytest.importorskip(
     "perfetto", reason="perfetto is not installed: pip install 'vllm-trace[export]'"
 )
 
+from recorded import torn
+
 from export import perfetto_ui
 from export.test_perfetto import GOLD, async_trace, timeline
 from vllm_trace.summary import Summary
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -151,15 +152,7 @@ def test_several_processes(tmp_path, opened):
 
 
 def test_a_truncated_trace_is_read_without_complaint(tmp_path, opened):
-    trace = read_trace(GOLD / "mixed.vtrace")
-    events = list(trace.events())
-    path = tmp_path / "cut.vtrace"
-    writer = TraceWriter(path, trace.header, tail_size=16384)
-    for first in range(0, len(events), 40):
-        writer.write(events[first : first + 40])
-    writer.close({})
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
+    path = torn(GOLD / "mixed.vtrace", tmp_path)
     seen, _, done = opened(path)
     no_complaints(seen)
     assert [[done.counts["slices"]]] == seen.query("select count(*) from slice where dur >= 0")

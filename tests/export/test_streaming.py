@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.export.receiver import Inbox, closed_port, grpc_receiver, half_open, http_receiver
+from export.receiver import Inbox, closed_port, grpc_receiver, half_open, http_receiver
 from vllm_trace import sidecar
 from vllm_trace.errors import UsageError
 from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, StepScheduled
@@ -27,7 +27,8 @@ from vllm_trace.export import ExportOptions, streaming
 from vllm_trace.export.spans import spans
 from vllm_trace.growing import FollowedTrace, GrowingFile
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import SUFFIX, TraceWriter, seal
+from vllm_trace.tracefile import SUFFIX
+from vllm_trace.tracewriter import TraceWriter, seal
 
 GOLD = Path(__file__).resolve().parent.parent / "gold"
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": os.getpid(), "host": "here"}

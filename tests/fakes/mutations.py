@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from vllm_trace.events import AnyEvent
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 NUMBERS = (
     0, -1, 1, 2, 7, 10**6, -(2**31), 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, -(2**63),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from invariants import faults
+from invariants import fault_runs, faults
 
 #: Six layers in three KV-cache groups, two of them with a sliding window of two blocks.
 GEMMA = dict(
@@ -65,7 +65,7 @@ def traces(tmp_path_factory):
         key = (scenario, tuple(engine_args))
         if key not in made:
             folder = tmp_path_factory.mktemp("trace") / "trace"
-            made[key] = faults.record(scenario, folder, engine_args=engine_args)
+            made[key] = fault_runs.record(scenario, folder, engine_args=engine_args)
         return made[key]
 
     return trace
@@ -86,4 +86,4 @@ def caught(tmp_path_factory):
     """Every fault, run on a real engine and judged; in the order of ``faults.FAULTS``."""
     pytest.importorskip("vllm", reason="vLLM is not installed: nothing to break")
     folder = tmp_path_factory.mktemp("faults")
-    return {one.id: faults.run(one, folder / one.id) for one in faults.FAULTS}
+    return {one.id: fault_runs.run(one, folder / one.id) for one in faults.FAULTS}

@@ -21,7 +21,8 @@ from vllm_trace.invariants.checking import check_all
 from vllm_trace.invariants.judgements import exit_code
 from vllm_trace.invariants.registry import choose, describe
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceFile, TraceWriter
+from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracewriter import TraceWriter
 
 GOLD = Path(__file__).parent.parent / "gold"
 BUILT_IN = [one.id for one in choose() if one.built_in]
@@ -68,6 +69,37 @@ def triton_against_its_rule(events):
     batch = SlotsMapped(events[at].step, 9, 32, 32, [], [], [], [])
     events[at] = AttentionPlanned(batch.step, 9, "unified_attention", "2D", numbers)
     return at, "kernel-variant"
+
+
+def paged_attention_of(events, variant, **numbers):
+    """As our backend tells it: of the decoding requests of the first batch that mixes them with others."""
+    at = first(events, "slots.mapped", lambda e: 1 in e.query_lens and max(e.query_lens) > 1)
+    batch = events[at]
+    lens = [s for q, s in zip(batch.query_lens, batch.seq_lens, strict=True) if q == 1]
+    numbers = {"max_seq_len": max(lens), "num_seqs": len(lens), "num_heads": 4} | numbers
+    events.insert(
+        at + 1,
+        AttentionPlanned(batch.step, batch.group, "paged_attention_v1", variant, numbers, [0]),
+    )
+    return at + 1, "kernel-variant"
+
+
+def v2_for_one_partition(events):
+    return paged_attention_of(events, "V2")
+
+
+def v1_for_a_shorter_batch(events):
+    return paged_attention_of(events, "V1", max_seq_len=1)
+
+
+def v1_for_fewer_requests(events):
+    return paged_attention_of(events, "V1", num_seqs=0)
+
+
+def test_a_kernel_for_some_rows_is_judged_by_those():
+    header, events = gold("mixed")
+    paged_attention_of(events, "V1")
+    assert {} == found(judged(events, header))
 
 
 def too_many_requests(events):
@@ -199,6 +231,9 @@ def a_stale_hash(events):
     [
         (flip_variant, "preempt"),
         (triton_against_its_rule, "preempt"),
+        (v2_for_one_partition, "batch"),
+        (v1_for_a_shorter_batch, "batch"),
+        (v1_for_fewer_requests, "batch"),
         (too_many_requests, "preempt"),
         (longer_than_the_model, "preempt"),
         (hash_of_another_place, "preempt"),
@@ -306,7 +341,7 @@ def test_a_missing_worker_is_said_and_no_pass():
     events[first(events, "engine.configured")].settings["tensor_parallel_size"] = 2
     report = judged(events, header)
     assert ("incomplete", 2) == (report.verdict, report.exit_code)
-    assert ["1 of 2 worker(s) have told of their steps"] == report.incomplete
+    assert ["1 of 2 workers told of their steps"] == report.incomplete
     assert {"worker-table", "slot-mapping", "positions-advance", "slots-distinct"} <= {
         each.invariant.id for each in report.of("unjudged")
     }
@@ -422,6 +457,19 @@ def test_events_that_contradict_the_books_are_an_error_with_their_number(tmp_pat
     assert ["unreadable", "clean", "unreadable"] == [one.to_dict()["verdict"] for one in made]
     assert f"event {at + 1} (blocks.freed) does not fit" in made[0].text()
     assert 2 == exit_code(made)
+
+
+def test_what_came_first_stands_first():
+    """Whatever the order of the rules: the later ones are often its consequence."""
+    header, events = gold("preempt")
+    at = first(events, "blocks.taken", lambda e: len(e.blocks) == 1)
+    events[at].blocks[0] += 1
+    report = judged(events, header)
+    said = [line.split()[1:] for line in report.text().splitlines() if "VIOLATED" in line]
+    numbers = [int(words[3].rstrip(",")) for words in said]
+    assert ["evict-head", at + 1] == [said[0][0], numbers[0]]
+    assert sorted(numbers) == numbers and len(numbers) > 2
+    assert "it was never handed out" in " ".join(report.text().split())
 
 
 # A user's own -------------------------------------------------------------------------

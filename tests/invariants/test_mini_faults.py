@@ -7,9 +7,9 @@ pytest.importorskip("torch", reason="torch is not installed: mini's engine compu
 from vllm_trace.invariants import EventList, check
 from vllm_trace.replay import MODES, replay
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
-from . import faults, mini_faults
+from . import faults, make_doc, mini_faults
 from .mini_faults import FAULTS, HEADER
 
 #: The list that was asked for, each with the fault of the real engine that stands for it.
@@ -66,5 +66,5 @@ def test_each_fault_in_mini_is_caught_by_its_invariant_at_the_first_event(name):
 
 
 def test_the_table_of_the_document_is_current():
-    held = faults.between(faults.DOC.read_text(), "mini-faults")
-    assert mini_faults.table() == held, "make it anew: .venv/bin/python tests/invariants/faults.py"
+    held = make_doc.DOC.read_text()
+    assert make_doc.fill(held, **{"mini-faults": mini_faults.table()}) == held, make_doc.AGAIN

@@ -11,7 +11,7 @@ import pytest
 from invariants.test_checking import GOLD, gold, null_block_written
 from vllm_trace import scenario
 from vllm_trace.invariants.pytest_plugin import Recording
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 
 def run_pytest(folder, *arguments):

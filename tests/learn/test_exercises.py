@@ -5,8 +5,8 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -377,10 +377,16 @@ def test_a_save_is_seen(how, tmp_path):
     raise AssertionError("no change was seen")
 
 
-def test_watching_waits(tmp_path):
+def test_watching_waits(tmp_path, monkeypatch):
     path = tmp_path / "ex1.py"
     path.write_text("one")
-    seen = []
-    threading.Thread(target=lambda: seen.append(next(watching.polled(path))), daemon=True).start()
-    time.sleep(1.2)
-    assert [] == seen
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 4:
+            path.write_text("another")
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=nap))
+    next(watching.polled(path))
+    assert [watching.POLL_S] * 4 == naps

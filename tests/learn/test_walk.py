@@ -12,7 +12,7 @@ from vllm_trace.learn.progress import Progress
 from vllm_trace.learn.runs import has_vllm
 from vllm_trace.trace import read_trace
 
-pexpect = pytest.importorskip("pexpect")
+pexpect = pytest.importorskip("pexpect", reason="pexpect is not installed: there is no terminal")
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,15 +4,14 @@ import dataclasses
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded import needs_vllm
 
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given  # noqa: E402
-from recorded import needs_vllm  # noqa: E402
-
-from vllm_trace.errors import UsageError  # noqa: E402
-from vllm_trace.memory import calculate, keynumbers, shapes, workload  # noqa: E402
-from vllm_trace.memory.calculate import Setting, blocks_of  # noqa: E402
-from vllm_trace.memory.workload import Request, Workload  # noqa: E402
+from vllm_trace.errors import UsageError
+from vllm_trace.memory import calculate, keynumbers, shapes, workload
+from vllm_trace.memory.calculate import Setting, blocks_of
+from vllm_trace.memory.workload import Request, Workload
 
 V100, LLAMA = shapes.GPUS["v100-32gb"], shapes.MODELS["llama-2-7b"]
 
@@ -101,8 +100,8 @@ def test_a_page_is_as_large_as_vllm_says(name):
 )
 def test_the_number_of_weights_is_that_of_a_model_of_this_shape(name, kind, config):
     """transformers builds the model without memory; the preset's count is what it comes to."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
     shape = shapes.MODELS[name]
     heads = dict(
         num_hidden_layers=shape.num_layers,
@@ -271,7 +270,7 @@ def test_a_shape_read_from_a_model_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_the_tiny_checkpoints_are_what_the_presets_say(name, tmp_path):
-    pytest.importorskip("tokenizers")
+    pytest.importorskip("tokenizers", reason="checkpoints are made with tokenizers")
     from vllm_trace.checkpoints import checkpoint
 
     read, preset = shapes.shape_in(checkpoint(name, tmp_path)), shapes.MODELS[name]

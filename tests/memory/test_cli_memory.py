@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given, settings  # noqa: E402
-
-from vllm_trace import cli  # noqa: E402
-from vllm_trace.memory.shapes import GPUS, MODELS  # noqa: E402
+from vllm_trace import cli
+from vllm_trace.memory.shapes import GPUS, MODELS
 
 GOLD = Path(__file__).resolve().parent.parent / "gold"
 
@@ -64,7 +63,7 @@ def test_a_trace_with_other_blocks_is_a_finding(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("ending", "theme"), [("png", "light"), ("svg", "dark")])
 def test_four_plots(capsys, tmp_path, ending, theme):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: nothing can be drawn")
     path = tmp_path / f"four.{ending}"
     code, _, err = run(capsys, "--plot", path, "--theme", theme)
     assert 0 == code and str(path) in err

@@ -4,8 +4,6 @@ Tokens can only be compared where the largest logit is clear: in these workloads
 moves a logit by less than 6e-5.
 """
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: mini's engine cannot run")
@@ -347,13 +345,6 @@ def on_mini(
 
 
 def on_vllm(name, monkeypatch, rounds, max_tokens=40, blocks=64, max_model_len=512, **options):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    for variable, value in {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(variable, value)
     vllm = pytest.importorskip(
         "vllm", reason="vllm is not installed: mini's tokens cannot be compared with the real ones"
     )

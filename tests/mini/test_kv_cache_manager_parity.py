@@ -3,14 +3,13 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given  # noqa: E402
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
+from vllm_trace.mini.request import Request, RequestStatus, get_request_block_hasher, sha256
 
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec  # noqa: E402
-from vllm_trace.mini.request import Request, RequestStatus, get_request_block_hasher, sha256  # noqa: E402
-
-from .conftest import hypothesis_settings, state_of_mini, state_of_real  # noqa: E402
+from .conftest import hypothesis_settings, state_of_mini, state_of_real
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 96

@@ -8,15 +8,14 @@ import random
 from collections import deque
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-st = pytest.importorskip("hypothesis.strategies", reason="hypothesis is not installed")
-from hypothesis import given  # noqa: E402
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
+from vllm_trace.mini.request import Request, get_request_block_hasher, sha256
+from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
 
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec  # noqa: E402
-from vllm_trace.mini.request import Request, get_request_block_hasher, sha256  # noqa: E402
-from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig  # noqa: E402
-
-from .conftest import hypothesis_settings, state_of_mini, state_of_real  # noqa: E402
+from .conftest import hypothesis_settings, state_of_mini, state_of_real
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 128
@@ -166,12 +165,7 @@ class Twins:
         watermark,
         **config,
     ):
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-        from vllm.v1.core.sched.scheduler import Scheduler as RealScheduler
-        from vllm.v1.outputs import ModelRunnerOutput
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        self.names, self.ModelRunnerOutput = real, ModelRunnerOutput
+        self.names = real
         self.random = random.Random(seed)
         self.depth = 2 if config["async_scheduling"] else 1
         vllm_config = real.vllm_config(
@@ -183,13 +177,7 @@ class Twins:
             watermark=watermark,
             **config,
         )
-        kind = AsyncScheduler if config["async_scheduling"] else RealScheduler
-        self.real = kind(
-            vllm_config,
-            real.kv_cache_config(num_blocks, groups, retention_interval),
-            StructuredOutputManager(vllm_config),
-            block_size=BLOCK_SIZE,
-        )
+        self.real = real.scheduler(vllm_config, groups, num_blocks, retention_interval)
         manager = KVCacheManager(
             num_blocks,
             groups,
@@ -268,15 +256,7 @@ class Twins:
         tokens = {
             name: [self.random.choice([0, 0, 1, 2, 3] * 8 + [STOP_TOKEN])] for name in samples
         }
-        order = list(actual.num_scheduled_tokens)
-        self.real.update_from_output(
-            expected,
-            self.ModelRunnerOutput(
-                req_ids=order,
-                req_id_to_index={name: i for i, name in enumerate(order)},
-                sampled_token_ids=[list(tokens.get(name, [])) for name in order],
-            ),
-        )
+        self.real.update_from_output(expected, self.names.outcome(expected, tokens))
         self.mini.update_from_output(actual, tokens)
         self.compare()
 

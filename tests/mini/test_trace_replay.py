@@ -37,12 +37,7 @@ class Workload:
     """Requests that come, go away and share prefixes, on a real scheduler without a model."""
 
     def __init__(self, real, folder, groups, num_blocks, seed, enable_caching, **config):
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-        from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.outputs import ModelRunnerOutput
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        self.real, self.ModelRunnerOutput = real, ModelRunnerOutput
+        self.real = real
         self.random = random.Random(seed)
         self.depth = 2 if config["async_scheduling"] else 1
         vllm_config = real.vllm_config(
@@ -53,13 +48,7 @@ class Workload:
             enable_prefix_caching=enable_caching,
             **config,
         )
-        kind = AsyncScheduler if config["async_scheduling"] else Scheduler
-        self.scheduler = kind(
-            vllm_config,
-            real.kv_cache_config(num_blocks, groups),
-            StructuredOutputManager(vllm_config),
-            block_size=BLOCK_SIZE,
-        )
+        self.scheduler = real.scheduler(vllm_config, groups, num_blocks)
         self.in_flight = deque()
         self.count = 0
 
@@ -94,16 +83,8 @@ class Workload:
 
     def answer(self):
         output, sampling = self.in_flight.popleft()
-        order = list(output.num_scheduled_tokens)
         tokens = {n: [self.random.choice([0, 1, 2] * 10 + [STOP_TOKEN])] for n in sampling}
-        self.scheduler.update_from_output(
-            output,
-            self.ModelRunnerOutput(
-                req_ids=order,
-                req_id_to_index={name: i for i, name in enumerate(order)},
-                sampled_token_ids=[list(tokens.get(name, [])) for name in order],
-            ),
-        )
+        self.scheduler.update_from_output(output, self.real.outcome(output, tokens))
 
     def run(self, num_steps):
         for step in range(num_steps + 400):

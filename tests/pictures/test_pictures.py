@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: nothing can be drawn")
 
 from vllm_trace import cli, pictures
 from vllm_trace.errors import UsageError

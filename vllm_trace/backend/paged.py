@@ -200,7 +200,7 @@ class VllmEngine:
         return f"vllm.{names.get(variant, 'context_attention_fwd')}"
 
     @staticmethod
-    def _split(kv_cache: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+    def split(kv_cache: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
         """K [blocks, heads, head_size / x, block_size, x] and V [blocks, heads, head_size, block_size]."""
         x = 16 // kv_cache.element_size()
         _, num_blocks, block_size, num_heads, head_size = kv_cache.shape
@@ -213,7 +213,7 @@ class VllmEngine:
         self.ops.reshape_and_cache(
             key,
             value,
-            *self._split(kv_cache, shape),
+            *self.split(kv_cache, shape),
             slots,
             shape.kv_cache_dtype,
             layer._k_scale,
@@ -230,7 +230,7 @@ class VllmEngine:
         rows: Rows,
         out: Tensor,
     ) -> None:
-        key_cache, value_cache = self._split(kv_cache, shape)
+        key_cache, value_cache = self.split(kv_cache, shape)
         common = (
             query,
             key_cache,
@@ -259,7 +259,7 @@ class VllmEngine:
         self, layer: Any, shape: Shape, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor,
         rows: Rows, out: Tensor,
     ) -> None:  # fmt: skip
-        key_cache, value_cache = self._split(kv_cache, shape)
+        key_cache, value_cache = self.split(kv_cache, shape)
         self.context_attention_fwd(
             q=query,
             k=key,

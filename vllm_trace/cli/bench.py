@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
 from vllm_trace.cli.printing import print_json, print_text, say
+from vllm_trace.cli.progress import Progress
 from vllm_trace.errors import EngineError, HookError, UsageError, unknown
 
 
@@ -85,10 +86,9 @@ def _measure(plan: Any, tests: tuple[str, ...], run: Any) -> dict[str, Any]:
 
     from vllm_trace import runner
     from vllm_trace.benchmark import arms, measure
-    from vllm_trace.cli.run import _Progress
 
     began, notes = time.monotonic(), []
-    progress = _Progress("starting vLLM")
+    progress = Progress("starting vLLM")
     with runner.output_to(run.folder / "engine.log"), progress:
         device = _device()
         plan = replace(plan, dtype=plan.dtype or ("float32" if device == "cpu" else "float16"))
@@ -155,7 +155,7 @@ def _small_arms(plan: Any, device: str) -> tuple[list[Any], list[str]]:
     from vllm_trace import runner
     from vllm_trace.benchmark.arms import SmallArm
 
-    folder = runner._model_folder(plan.model)
+    folder = runner.model_folder(plan.model)
     try:
         return [SmallArm(kind, plan, folder, device) for kind in ("contiguous", "paged")], []
     except (ValueError, OSError) as error:

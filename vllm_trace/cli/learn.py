@@ -174,7 +174,7 @@ def _sources(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"schema": 1, "vllm": tree.release if tree else None, "places": rows})
         return 0
-    show([f"# Where the plan's references are ({lesson._whose(tree)})"])
+    show([f"# Where the plan's references are ({lesson.whose(tree)})"])
     if tree is not None and not passages.known_as(tree.release):
         show(lesson.wrap(f"vLLM {tree.release} is not in the table: found by name."))
     for reference in passages.references():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_trace.cli.printing import print_json, say
+from vllm_trace.cli.progress import Progress
 from vllm_trace.cli.talking import show, talks, typed
 from vllm_trace.errors import UsageError, VllmTraceError, unknown
 
@@ -166,7 +167,6 @@ def _page(chosen: Sequence[Any], tree: Any, number: int) -> None:
 
 
 def run(arguments: argparse.Namespace, progress: Any, words: list[str]) -> int:
-    from vllm_trace.cli.run import _Progress
     from vllm_trace.learn import plan, runs
 
     one = plan.step(words[0])
@@ -184,7 +184,7 @@ def run(arguments: argparse.Namespace, progress: Any, words: list[str]) -> int:
             f"There is no vLLM here: step {one.number} uses the shipped trace of {one.scenario!r}."
         )
         return 0
-    with _Progress(f"running {one.scenario!r} on a real engine"):
+    with Progress(f"running {one.scenario!r} on a real engine"):
         made, seconds, _ = runs.run(progress, one.scenario)
     if arguments.json:
         print_json({"schema": 1, "scenario": one.scenario, "trace": str(made.path), "new": True})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
-from vllm_trace.cli.printing import print_json, print_text, say
+from vllm_trace.cli.printing import print_json, print_line, print_text, say
+from vllm_trace.cli.progress import Progress
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
 from vllm_trace.options import Options
@@ -59,14 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise
     finally:
         close_files(run.trace, "stopped")
-    from vllm_trace.summary import Summary
-    from vllm_trace.trace import read_trace
-
-    try:
-        trace = read_trace(run.trace)
-    except TraceError as error:
-        raise EngineError(f"the engine ran, but left no trace: {error}") from None
-    summary = Summary.of(trace)
+    summary = _summary_of(run.trace)
     failures = chosen.failures(summary.facts()) if options.level == "full" else []
     document = summary.to_dict() | {
         "scenario": chosen.name,
@@ -78,9 +71,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "failures": failures,
         "facts": summary.facts(),
     }
-    told = beside.finish() if beside is not None else None
-    if told is not None:
-        document["otlp"] = told.to_dict()
+    sent = beside.finish() if beside is not None else None
+    if sent is not None:
+        document["otlp"] = sent.to_dict()
     replays = replay_all(run.trace) if arguments.replay else []
     if replays:
         document["replays"] = [one.to_dict() for one in replays]
@@ -92,18 +85,29 @@ def _run(arguments: argparse.Namespace) -> int:
         if replays:
             from vllm_trace.replay_view import verdict
 
+            print_line("")
             print_text(verdict(replays))
         print(f"Trace and summary: {run.folder}")
-    if told is not None:
-        say(told.text(run.folder))
+    if sent is not None:
+        say(sent.text(run.folder))
+    complaints = [f"{chosen.name} did not show it: {failure}" for failure in failures]
     if options.shadow and not summary.shadow.num_calls:
-        say("the shadow compared no attention call")
-    for failure in failures:
-        say(f"{chosen.name} did not show it: {failure}")
-    lost = told is not None and told.failed
-    shadowed = summary.shadow.num_calls > 0 and not summary.shadow.num_beyond
-    found = failures or lost or (options.shadow and not shadowed)
-    return max(1 if found else 0, code_of(replays))
+        complaints.append("the shadow compared no attention call")
+    for complaint in complaints:
+        say(complaint)
+    lost = sent is not None and sent.failed
+    found = bool(complaints or lost or summary.shadow.num_beyond)
+    return max(int(found), code_of(replays))
+
+
+def _summary_of(folder: Path) -> Any:
+    from vllm_trace.summary import Summary
+    from vllm_trace.trace import read_trace
+
+    try:
+        return Summary.of(read_trace(folder))
+    except TraceError as error:
+        raise EngineError(f"the engine ran, but left no trace: {error}") from None
 
 
 def _drive(
@@ -113,7 +117,7 @@ def _drive(
     from vllm_trace import hooks, runner
 
     log = folder / "engine.log"
-    progress = _Progress(f"starting vLLM for {chosen.name!r}")
+    progress = Progress(f"starting vLLM for {chosen.name!r}")
     began = time.monotonic_ns()
     try:
         with runner.output_to(log) as last_words, progress:
@@ -152,33 +156,6 @@ def _copy_rate(engine_args: dict[str, Any]) -> int:
         return measure()
     except (ImportError, ValueError):
         return 0  # no torch, or no number: the engine will say it better
-
-
-class _Progress:
-    """A line on the terminal that says what is going on; nothing when there is no terminal."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self._status: Any = None
-        self._stack = contextlib.ExitStack()
-        # Taken now: inside, stderr belongs to the engine's log.
-        self._terminal = os.fdopen(os.dup(2), "w") if sys.stderr.isatty() else None
-
-    def __enter__(self) -> _Progress:
-        if self._terminal is not None:
-            from rich.console import Console
-
-            self._stack.enter_context(self._terminal)
-            console = Console(file=self._terminal, force_terminal=True)
-            self._status = self._stack.enter_context(console.status(self.text))
-        return self
-
-    def say(self, text: str) -> None:
-        if self._status is not None:
-            self._status.update(text)
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
 
 def parse_engine_args(given: Sequence[str]) -> dict[str, Any]:

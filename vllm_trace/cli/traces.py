@@ -18,7 +18,7 @@ def add(verb: AddVerb) -> None:
     show = verb("show", _show, "Show a trace in the terminal", "show reports/preempt/latest blocks")
     trace_argument(show)
     show.add_argument("view", nargs="?", default="summary", help=", ".join(VIEWS))
-    show.add_argument("--request", default="", help="only what concerns this request")
+    show.add_argument("--request", default="", help="only this one: a name, or #NUMBER")
     show.add_argument("--step", default="", help="only step N, or N-M")
     show.add_argument("--kind", default="", help="events: only these (slots,block.evicted …)")
     show.add_argument("--all", action="store_true", help="every row of a table")

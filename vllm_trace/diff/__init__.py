@@ -88,6 +88,8 @@ class Divergence:
     step: int
     a: Side
     b: Side
+    note: str = ""
+    """Where both name the same block, or hash, and mean another one by it: what it stood for before."""
 
 
 @dataclass
@@ -247,6 +249,7 @@ class _Comparison:
             self.made.num_compared += len(part_a.facts) if part_a else 0
             if found and first is None:
                 first = self._divergence(label, found[0], part_a, part_b, sides)
+                first.note = names.clash(found[0])
             for pair in found:
                 self.classes[pair.kind] += 1
             if first is not None:

@@ -77,6 +77,25 @@ class Names:
         flat_b = [block for row in b.blocks for block in row]
         return self.blocks.fits(flat_a, flat_b) and self.hashes.fits(a.hashes, b.hashes)
 
+    def clash(self, pair: Pair) -> str:
+        """The first value of two facts that stood for another one before, in words; empty when there is none."""
+        if pair.a is None or pair.b is None:
+            return ""
+        flat_a = [block for row in pair.a.blocks for block in row]
+        flat_b = [block for row in pair.b.blocks for block in row]
+        both = (
+            ("block", self.blocks, flat_a, flat_b),
+            ("hash", self.hashes, pair.a.hashes, pair.b.hashes),
+        )
+        for what, renaming, a, b in both:
+            for left, right in zip(a, b):
+                in_b, in_a = renaming.to_b.get(left, right), renaming.to_a.get(right, left)
+                if in_b != right:
+                    return f"{what} {left} of A was {what} {in_b} of B so far, and is {right} here"
+                if in_a != left:
+                    return f"{what} {right} of B was {what} {in_a} of A so far, and is {left} here"
+        return ""
+
     def key(self, fact: Fact, of_b: bool) -> tuple[Any, ...]:
         """What the fact says, in A's names."""
         if not of_b:

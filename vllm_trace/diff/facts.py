@@ -8,7 +8,6 @@ the same name are compared.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from vllm_trace.events import (
     StepUpdated,
     TableRowChanged,
 )
+from vllm_trace.naming import without_random_digits
 from vllm_trace.trace import Record, Trace
 
 Ids = tuple[tuple[int, ...], ...]
@@ -127,8 +127,6 @@ def fresh_reading(trace: Trace) -> Trace:
 
 # Requests -------------------------------------------------------------------------------
 
-_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
-
 
 def match_requests(a: Seen, b: Seen) -> tuple[dict[int, int], str]:
     """Numbers of B → numbers of A, and how they were matched.
@@ -138,7 +136,7 @@ def match_requests(a: Seen, b: Seen) -> tuple[dict[int, int], str]:
     """
     ways: tuple[tuple[str, Callable[[str], str]], ...] = (
         ("name", lambda name: name),
-        ("name without vLLM's random suffix", lambda name: _SUFFIX.sub("", name)),
+        ("name without vLLM's random suffix", without_random_digits),
     )
     for said, key in ways:
         places = _by_key(a, key)

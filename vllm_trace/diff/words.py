@@ -86,6 +86,8 @@ def _divergence(title: str, found: Divergence, width: int) -> list[str]:
     for which, side in (("A", found.a), ("B", found.b)):
         said = side.said or "nothing here; the next event"
         out += wrapped(which, f"event {side.event}: {said}", margin=6, width=width)
+    if found.note:
+        out += _lines("", found.note, width)
     for which, side in (("A", found.a), ("B", found.b)):
         out += _state(which, side, width)
     return out
@@ -94,7 +96,7 @@ def _divergence(title: str, found: Divergence, width: int) -> list[str]:
 def _state(which: str, side: Side, width: int) -> list[str]:
     out = [f"  {which} just before:"]
     if side.num_free_blocks is not None:
-        out.append(f"      {side.num_free_blocks} blocks free")
+        out.append(f"      {many(side.num_free_blocks, 'block')} free")
     for name, rows in list(side.tables.items())[:MAX_TABLES]:
         out += wrapped("", f"{name}: {groups(rows)}", margin=6, width=width)
     if len(side.tables) > MAX_TABLES:

@@ -43,10 +43,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import EngineConfigured, PrefixLookedUp, RequestArrived, StepScheduled
 from vllm_trace.explain.life import Life, Line
 from vllm_trace.explain.words import WIDTH, listed, many, wrapped
+from vllm_trace.naming import is_called, requests_called
 from vllm_trace.trace import Record, Trace
 
 
@@ -87,12 +87,12 @@ class _Survey:
 
 
 def explain(trace: Trace, name: str) -> Story:
-    """Tell the life of the request of that name, or the only one that has it as a part.
+    """Tell the life of the request of that name, as ``naming.requests_called`` finds it.
 
     Reads the trace twice: the hashes that the request asks for are known only after its life,
     and their history begins before it.
 
-    Raises: ``UsageError`` when there is no such request, or several.
+    Raises: ``UsageError`` when there is no such request, or several may be meant.
     """
     survey = _survey(trace, name)
     chosen, others = _choose(survey, name)
@@ -124,7 +124,7 @@ def _survey(trace: Trace, name: str) -> _Survey:
         event: Any = record.event
         kind = type(event)
         if kind is RequestArrived:
-            exact = name in (event.request_id, f"#{event.request}")
+            exact = is_called(event.request, event.request_id, name)
             if exact or (part is None and name in event.request_id):
                 part = part if exact else event.request
                 hashes = set(event.block_hashes)
@@ -142,15 +142,7 @@ def _survey(trace: Trace, name: str) -> _Survey:
 
 def _choose(survey: _Survey, name: str) -> tuple[int, list[int]]:
     """(number, other requests of the same name)."""
-    names = survey.names
-    found = [n for n, known in names.items() if name in (known, f"#{n}")]
-    if not found and name:
-        found = [n for n, known in names.items() if name in known]
-        if len({names[n] for n in found}) > 1:
-            some = listed([names[n] for n in found], 5)
-            raise UsageError(f"{len(found)} requests are called {name!r}: {some}")
-    if not found:
-        raise unknown("request", name, set(names.values()))
+    found = requests_called(survey.names, name)
     survey.seen.setdefault(found[0], Seen(found[0], -1))
     return found[0], found[1:]
 

@@ -13,10 +13,9 @@ from typing import BinaryIO
 
 from vllm_trace.errors import UsageError
 from vllm_trace.export import ExportError
+from vllm_trace.writing import PREFIX, mode_of_a_new_file, whole_file
 
 STDOUT = "-"
-PREFIX = ".vllm-trace."
-"""Of what is not whole yet."""
 
 
 @contextlib.contextmanager
@@ -41,19 +40,8 @@ def file(output: str) -> Iterator[BinaryIO]:
         with _said(path), open(path, "wb") as device:
             yield device
         return
-    with _said(path):
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        number, name = tempfile.mkstemp(prefix=PREFIX, suffix=".part", dir=path.parent)
-    part = Path(name)
-    try:
-        with _said(path):
-            with os.fdopen(number, "wb") as out:
-                yield out
-            part.chmod(_mode_of_a_new_file(0o666))
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with _said(path), whole_file(path) as out:
+        yield out
 
 
 @contextlib.contextmanager
@@ -81,7 +69,7 @@ def folder(output: str, suffix: str) -> Iterator[Path]:
     try:
         with _said(path):
             yield part
-            part.chmod(_mode_of_a_new_file(0o777))
+            part.chmod(mode_of_a_new_file(0o777))
             if path.exists():
                 shutil.rmtree(path)
             os.replace(part, path)
@@ -98,10 +86,3 @@ def _said(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _mode_of_a_new_file(wanted: int) -> int:
-    """What ``open`` would have given; temporary files are made for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return wanted & ~mask

@@ -188,7 +188,9 @@ def _version_of(folder: Path) -> str:
     """Version from ``_version.py``, else from the metadata that stands beside the package."""
     stated = folder / "_version.py"
     if stated.is_file():
-        match = re.search(r"^__version__[^\n]*?=\s*['\"]([^'\"]+)['\"]", stated.read_text(), re.M)
+        match = re.search(
+            r"^__version__[^\n]*?=\s*['\"]([^'\"]+)['\"]", stated.read_text(encoding="utf-8"), re.M
+        )
         if match:
             return match[1]
     for info in (*folder.parent.glob("vllm*.dist-info"), folder.parent):

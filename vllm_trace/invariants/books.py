@@ -13,6 +13,8 @@ from itertools import repeat
 from operator import add
 from typing import Any
 
+from packaging.version import Version
+
 from vllm_trace.events import (
     AttentionPlanned,
     BlockEvicted,
@@ -39,7 +41,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.invariants.plans import PLANS_KEPT, Plan, Table, WorkerRows
 from vllm_trace.invariants.pool import NULL_BLOCK, PoolBooks
-from vllm_trace.invariants.registry import Violation, version_of
+from vllm_trace.invariants.registry import Violation
 from vllm_trace.invariants.windows import PassedBlocks
 
 WINDOWED = ("SlidingWindowSpec", "SlidingWindowMLASpec", "ChunkedLocalAttentionSpec")
@@ -75,7 +77,7 @@ class Books(PoolBooks):
         self.config = event
         settings = event.settings
         try:
-            self.release = version_of(release or str(settings.get("vllm_version", "")))
+            self.release = Version(release or str(settings.get("vllm_version", ""))).release
         except ValueError:
             self.release = ()
         self.num_blocks = event.num_blocks

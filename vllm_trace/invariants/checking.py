@@ -31,6 +31,7 @@ from vllm_trace.invariants.judgements import Judgement, Report, Unreadable, wher
 from vllm_trace.invariants.registry import Invariant, Violation, choose
 from vllm_trace.invariants.sources import Source, batches, is_one_process
 from vllm_trace.invariants.story import concerns, describe
+from vllm_trace.invariants.words import many
 from vllm_trace.trace import Record, read_trace
 
 STORY = 10
@@ -350,7 +351,7 @@ class _Judge:
             return
         for books in engines:
             if books.saw_tokens and len(books.workers) < books.num_workers:
-                reason = f"{len(books.workers)} of {books.num_workers} worker(s) have told of their steps"
+                reason = f"{len(books.workers)} of {many(books.num_workers, 'worker')} told of their steps"
                 self._unjudged(each, reason, whole=False)
             elif "worker" in needs and books.workers - books.mappers:
                 reason = "this runner's tables and slots stay on the device and are not recorded"

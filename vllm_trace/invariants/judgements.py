@@ -97,10 +97,10 @@ class Report:
         }
 
     def text(self, width: int = 80) -> str:
-        """For a terminal: what was found on top of everything."""
+        """For a terminal: what was found on top of everything, what came first before the rest."""
         room = max((len(each.invariant.id) for each in self.judgements), default=0)
         lines = [f"{self.trace}: {self.num_events} events, vLLM {self.release or 'unknown'}"]
-        for each in sorted(self.judgements, key=lambda each: each.status != "violated"):
+        for each in sorted(self.judgements, key=_found_at):
             said = _SAID[each.status]
             head = f"  {said:<10}  {each.invariant.id.ljust(room)}  "
             if each.violation is not None and each.status == "violated":
@@ -120,6 +120,12 @@ class Report:
         for problem in self.incomplete:
             lines += _wrapped("  ", problem, width)
         return "\n".join(lines)
+
+
+def _found_at(each: Judgement) -> float:
+    if each.status != "violated" or each.violation is None:
+        return float("inf")
+    return each.violation.event_number
 
 
 _SAID = {

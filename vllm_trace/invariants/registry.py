@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.events import KINDS
 from vllm_trace.extending import run_file
@@ -82,7 +85,6 @@ REGISTRY: dict[str, Invariant] = {}
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _METHODS = {kind.replace(".", "_"): kind for kind in KINDS}
-_OPERATORS = (">=", "<=", "==", "!=", ">", "<")
 
 
 def invariant(
@@ -129,7 +131,7 @@ def describe(rule: Any, id: str, sentence: str, **more: Any) -> Invariant:
     for need in needs:
         if need not in NEEDS:
             raise unknown("need", need, NEEDS)
-    _clauses(more.get("releases", ""))
+    _range(more.get("releases", ""))
     on = _texts(more.pop("on", ()))
     if inspect.isclass(rule):
         if on:
@@ -245,43 +247,13 @@ def load(path: Path) -> None:
 # Releases -------------------------------------------------------------------------------
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    """``0.32.0+cpu`` is (0, 32, 0). Raises: ``ValueError`` when there is no number."""
-    match = re.match(r"v?(\d+(?:\.\d+)*)", text or "")
-    if not match:
-        raise ValueError(f"{text!r} is no version")
-    return tuple(int(part) for part in match[1].split("."))
-
-
 def satisfies(release: str, specifier: str) -> bool:
-    """Whether a release is in a range like ``>=0.11,<0.34``."""
-    if not specifier:
-        return True
-    version = _padded(version_of(release))
-    for sign, bound in _clauses(specifier):
-        order = (version > bound) - (version < bound)
-        if not {
-            ">=": order >= 0, "<=": order <= 0, "==": order == 0,
-            "!=": order != 0, ">": order > 0, "<": order < 0,
-        }[sign]:  # fmt: skip
-            return False
-    return True
+    """Whether a release is in a range like ``>=0.11,<0.34``. Raises: ``ValueError`` for no release at all."""
+    return Version(release).base_version in _range(specifier)
 
 
-def _clauses(specifier: str) -> list[tuple[str, tuple[int, ...]]]:
-    made = []
-    for clause in filter(None, specifier.replace(" ", "").split(",")):
-        sign = next((sign for sign in _OPERATORS if clause.startswith(sign)), "")
-        try:
-            if not sign:
-                raise ValueError
-            made.append((sign, _padded(version_of(clause.removeprefix(sign)))))
-        except ValueError:
-            raise UsageError(
-                f"{specifier!r} is no range of releases", hint=">=0.11,<0.34"
-            ) from None
-    return made
-
-
-def _padded(version: tuple[int, ...]) -> tuple[int, ...]:
-    return (*version, 0, 0, 0)[:4]
+def _range(specifier: str) -> SpecifierSet:
+    try:
+        return SpecifierSet(specifier, prereleases=True)
+    except InvalidSpecifier:
+        raise UsageError(f"{specifier!r} is no range of releases", hint=">=0.11,<0.34") from None

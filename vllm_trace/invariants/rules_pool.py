@@ -22,13 +22,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.invariants.books import NULL_BLOCK, Books
 from vllm_trace.invariants.registry import Violation, invariant
-
-
-def listed(numbers: Any, most: int = 8) -> str:
-    """``5, 6, 7``, cut when it is long."""
-    shown = [*numbers]
-    text = ", ".join(map(str, shown[:most]))
-    return text if len(shown) <= most else f"{text} … ({len(shown)} in all)"
+from vllm_trace.invariants.words import listed, many
 
 
 @invariant(
@@ -87,8 +81,8 @@ class SingleOwner:
         owners = books.holders(block)
         who = listed(map(books.name, owners)) or "nobody's table has it"
         return books.violation(
-            f"block {block} is handed out although it counts {books.ref_cnts[block]} "
-            f"reference(s): {who}",
+            f"block {block} is handed out although it counts "
+            f"{many(books.ref_cnts[block], 'reference')}: {who}",
             block=block,
             requests=owners,
         )
@@ -106,7 +100,8 @@ class SingleOwner:
         owners = books.holders(block)
         return books.violation(
             f"block {block} is in the table of {listed(map(books.name, owners))} "
-            f"({books.held[block]} place(s)), and counts {books.ref_cnts.get(block, 0)} reference(s)",
+            f"({many(books.held[block], 'place')}), and counts "
+            f"{many(books.ref_cnts.get(block, 0), 'reference')}",
             request=event.request,
             block=block,
             requests=[owner for owner in owners if owner != event.request],
@@ -137,7 +132,7 @@ class RefCounts:
                 expected = refs.get(block, 0) + sign * [*event.blocks].count(block)
                 if count != expected:
                     return books.violation(
-                        f"block {block} counts {count} reference(s) after being {what}; "
+                        f"block {block} counts {many(count, 'reference')} after being {what}; "
                         f"it counted {refs.get(block, 0)} before",
                         block=block,
                         requests=books.holders(block),
@@ -149,14 +144,20 @@ class RefCounts:
             return None
         block = min(books.unbalanced)
         owners = books.holders(block)
-        number, step = books.taken_at.get(block, (0, 0))
         return books.violation(
-            f"block {block} counts {books.ref_cnts.get(block, 0)} reference(s) and is in "
-            f"{books.held.get(block, 0)} place(s) of tables ({listed(map(books.name, owners)) or 'nobody'}); "
-            f"it was handed out at event {number} (step {step})",
+            f"block {block} counts {many(books.ref_cnts.get(block, 0), 'reference')} and is in "
+            f"{many(books.held.get(block, 0), 'place')} of tables ({listed(map(books.name, owners)) or 'nobody'}); "
+            f"it was {_handed_out(books, block)}",
             block=block,
             requests=owners,
         )
+
+
+def _handed_out(books: Books, block: int) -> str:
+    if block not in books.taken_at:
+        return "never handed out"
+    number, step = books.taken_at[block]
+    return f"handed out at event {number} (step {step})"
 
 
 @invariant(
@@ -176,8 +177,8 @@ class FreedOnce:
         for block, times in Counter(event.blocks).items():
             if block != NULL_BLOCK and times > refs.get(block, 0):
                 return books.violation(
-                    f"block {block} is given back {times} time(s) and counted "
-                    f"{refs.get(block, 0)} reference(s)",
+                    f"block {block} is given back {many(times, 'time')} and counted "
+                    f"{many(refs.get(block, 0), 'reference')}",
                     block=block,
                     requests=books.holders(block),
                 )
@@ -228,17 +229,17 @@ class NothingHeld:
             return None
         freed = {block for _, each in books.freed for block in each.blocks}
         kept = [block for row in table for block in row if block and block not in freed]
-        return self._leak(books, event.request, kept, "was freed") if kept else None
+        return self._leak(books, event.request, kept, "was freed and") if kept else None
 
     def before_request_finished(self, books: Books, event: RequestFinished) -> Violation | None:
         if event.request not in books.tables:
             return None
-        return self._still(books, event.request, f"finished ({event.reason})")
+        return self._still(books, event.request, f"finished ({event.reason}) and")
 
     def before_request_preempted(self, books: Books, event: RequestPreempted) -> Violation | None:
         if event.request not in books.tables:
             return None
-        return self._still(books, event.request, "was preempted")
+        return self._still(books, event.request, "was preempted and")
 
     def end(self, books: Books) -> Violation | None:
         if books.computed or not books.ref_cnts:
@@ -254,8 +255,8 @@ class NothingHeld:
         age = max(0, books.now - step)
         who = what if request is None else f"{books.name(request)} {what}"
         return books.violation(
-            f"{who} and still holds block(s) {listed(blocks)}: "
-            f"block {blocks[0]} was handed out at event {number}, {age} step(s) ago",
+            f"{who} still holds {'block' if len(blocks) == 1 else 'blocks'} {listed(blocks)}: "
+            f"block {blocks[0]} was handed out at event {number}, {many(age, 'step')} ago",
             request=request,
             block=blocks[0],
             blocks=blocks[1:8],

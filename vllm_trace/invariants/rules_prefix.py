@@ -21,7 +21,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.invariants.books import Books
 from vllm_trace.invariants.registry import Violation, invariant
-from vllm_trace.invariants.rules_pool import listed
+from vllm_trace.invariants.words import listed, many
 
 
 @invariant(
@@ -103,7 +103,7 @@ class HashChain:
             per_block, size = books.hashes_per_block[group], books.block_sizes[group]
             if len(row) * size < event.num_hit_tokens:
                 return books.violation(
-                    f"{who} hits {event.num_hit_tokens} tokens in {len(row)} block(s) of {size}",
+                    f"{who} hits {event.num_hit_tokens} tokens in {many(len(row), 'block')} of {size}",
                     request=event.request,
                 )
             for place, block in enumerate(row):
@@ -183,9 +183,9 @@ class HashChain:
     "evict-head",
     "Blocks are handed out, and so evicted, from the head of the free queue.",
     needs=("full",),
-    releases=">=0.11,<0.34",
-    doc="The queue is rebuilt from what was freed. Since 0.32 freed blocks without a hash go to its"
-    " front, in the order given; before, all went to its end.",
+    releases=">=0.11,!=0.23,<0.34",
+    doc="The queue is rebuilt from what was freed. Since 0.24 freed blocks without a hash go to its"
+    " front, in the order given; before, all went to its end (0.23: all but those of windows).",
     mutation="the free queue gives from its tail",
     built_in=True,
 )
@@ -222,10 +222,10 @@ class EvictHead:
                 self.front.pop(block, None)
 
     def blocks_freed(self, books: Books, event: BlocksFreed) -> None:
-        # Since 0.32 these two lists are vLLM's own.
+        # Since 0.24 these two lists are vLLM's own.
         first: list[int] = []
         last: list[int] = []
-        unhashed_first = books.release >= (0, 32)
+        unhashed_first = books.release >= (0, 24)
         for block, count in zip(event.blocks, event.ref_cnts):
             if count == 0 and block:
                 unhashed = not books.caching or block not in books.hashes
@@ -289,7 +289,7 @@ class KVEvents:
                 (b for b, (_, h) in books.evicted_at.items() if ours[place][1] in h), None
             )
         return books.violation(
-            f"of {len(ours)} event(s) of ours and {len(theirs)} of vLLM's, number {place + 1} is "
+            f"of {many(len(ours), 'event')} of ours and {len(theirs)} of vLLM's, number {place + 1} is "
             f"{told[0]} here and {told[1]} there",
             block=block,
         )

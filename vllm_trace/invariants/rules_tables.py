@@ -9,7 +9,7 @@ from typing import Any
 from vllm_trace.events import SlotsAllocated, SlotsMapped, StepScheduled, TableRowChanged
 from vllm_trace.invariants.books import NULL_BLOCK, Books
 from vllm_trace.invariants.registry import Violation, invariant
-from vllm_trace.invariants.rules_pool import listed
+from vllm_trace.invariants.words import listed, many
 
 
 @invariant(
@@ -45,7 +45,7 @@ class TableCovers:
     ) -> Violation:
         table = books.tables.get(request, [])
         sizes = ", ".join(
-            f"{len(row)} block(s) of {size}" for row, size in zip(table, books.block_sizes)
+            f"{many(len(row), 'block')} of {size}" for row, size in zip(table, books.block_sizes)
         )
         return books.violation(
             f"{books.name(request)} has KV for {end} tokens after step {event.step} and "
@@ -70,7 +70,7 @@ class TablesGrow:
         table = books.tables.get(event.request)
         if table and any(event.hit_blocks) and any(table):
             return books.violation(
-                f"{books.name(event.request)} runs with {len(table[0])} block(s), and gets "
+                f"{books.name(event.request)} runs with {many(len(table[0]), 'block')}, and gets "
                 f"{listed(event.hit_blocks[0])} from the prefix cache in front",
                 request=event.request,
             )

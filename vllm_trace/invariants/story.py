@@ -31,6 +31,7 @@ from vllm_trace.events import (
     to_dict,
 )
 from vllm_trace.invariants.registry import Violation
+from vllm_trace.invariants.words import many
 
 Names = dict[int, str]
 
@@ -165,8 +166,9 @@ def _refused(event: SlotsRefused, names: Names) -> str:
 
 def _counts(event: BlocksTouched | BlocksFreed, what: str) -> str:
     verb = "is" if len(event.blocks) == 1 else "are"
+    refs = "reference" if event.ref_cnts == [1] else "references"
     said = f"{_noun(len(event.blocks))} {_list(event.blocks)} {verb} {what}"
-    return f"{said}, then count {_list(event.ref_cnts)} reference(s)"
+    return f"{said}, then {'counts' if verb == 'is' else 'count'} {_list(event.ref_cnts)} {refs}"
 
 
 def _cached(event: BlocksCached, names: Names) -> str:
@@ -204,14 +206,15 @@ def _mapped(event: SlotsMapped, names: Names) -> str:
 
 
 def _planned(event: AttentionPlanned, names: Names) -> str:
-    return f"step {event.step} uses {event.kernel} {event.variant} for {event.numbers}"
+    numbers = ", ".join(f"{name} {value}" for name, value in event.numbers.items())
+    return f"step {event.step} uses {event.kernel} {event.variant} for {numbers}"
 
 
 def _kv(event: KVEventsTaken, names: Names) -> str:
     said = [
         f"{what} {_list((h % 0x10000 for h in hashes), 3)}" for what, hashes in event.events[:4]
     ]
-    return f"vLLM hands over {len(event.events)} KV event(s): {'; '.join(said)}"
+    return f"vLLM hands over {many(len(event.events), 'KV event')}: {'; '.join(said)}"
 
 
 _TELL: dict[type[Event], Callable[[Any, Names], str]] = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
+from vllm_trace.decode_rule import MAX_V1_SEQ_LEN as MAX_V1
+from vllm_trace.decode_rule import PARTITION_SIZE as PARTITION
+from vllm_trace.learn.book import Book, StepSeen, cdiv
 from vllm_trace.learn.questions import Question, many, question
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_trace.decode_rule import PARTITION_SIZE, choose
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     AttentionCalled,
@@ -32,8 +33,6 @@ from vllm_trace.state import KVState
 from vllm_trace.trace import Trace
 
 ELEMENT_SIZES = {"float32": 4, "float16": 2, "half": 2, "bfloat16": 2, "float": 4}
-PARTITION = 512
-MAX_V1 = 8192
 
 
 def cdiv(a: int, b: int) -> int:
@@ -191,12 +190,11 @@ class Book:
     def numbers_of_rule(self, step: StepSeen) -> tuple[int, int, int]:
         """(longest sequence, sequences x heads, partitions) of a step: what the V1/V2 rule looks at."""
         longest = step.max_seq_len
-        return longest, len(step.counts) * self.num_heads, max(1, cdiv(longest, PARTITION))
+        return longest, len(step.counts) * self.num_heads, max(1, cdiv(longest, PARTITION_SIZE))
 
     def is_v1(self, step: StepSeen) -> bool:
         """The rule of ``PagedAttention.forward_decode``, 0.8.5 to 0.11.2."""
-        longest, programs, parts = self.numbers_of_rule(step)
-        return longest <= MAX_V1 and (parts == 1 or programs > 512)
+        return choose(step.max_seq_len, len(step.counts), self.num_heads).variant == "V1"
 
     def is_decode(self, step: StepSeen) -> bool:
         """Nobody computes more than one token, and nobody its prompt."""

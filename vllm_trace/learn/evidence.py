@@ -8,7 +8,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 
-from vllm_trace.learn.book import MAX_V1, PARTITION, Book, StepSeen, cdiv
+from vllm_trace.decode_rule import MAX_V1_SEQ_LEN as MAX_V1
+from vllm_trace.decode_rule import PARTITION_SIZE as PARTITION
+from vllm_trace.learn.book import Book, StepSeen, cdiv
 from vllm_trace.learn.questions import many
 
 View = Callable[[Book], list[str]]

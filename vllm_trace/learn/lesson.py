@@ -110,7 +110,7 @@ def opening(one: plan.Step, tree: Tree | None, progress: Progress) -> list[str]:
     ]
     for paragraph in one.idea.strip().split("\n\n"):
         lines += [*wrap(" ".join(paragraph.split())), ""]
-    lines.append(f"# Read ({_whose(tree)})")
+    lines.append(f"# Read ({whose(tree)})")
     for reference in passages.of_step(one.number):
         if not reference.inside:
             lines.append(f"  {reference.id:{NAME}}  {where_now(reference, tree)}")
@@ -123,7 +123,8 @@ def opening(one: plan.Step, tree: Tree | None, progress: Progress) -> list[str]:
     return lines
 
 
-def _whose(tree: Tree | None) -> str:
+def whose(tree: Tree | None) -> str:
+    """Of which vLLM the source is that is read."""
     return (
         f"vLLM {tree.release}"
         if tree
@@ -179,7 +180,7 @@ def _at(found: Passage) -> str:
 
 def reading(one: plan.Step, tree: Tree | None) -> list[str]:
     """Each reference: where the plan had it, where it is, what became of it."""
-    lines = [f"# Step {one.number}: {one.title}. Read ({_whose(tree)})"]
+    lines = [f"# Step {one.number}: {one.title}. Read ({whose(tree)})"]
     if tree is not None and not passages.known_as(tree.release):
         known = ", ".join(passages.known())
         lines += wrap(f"vLLM {tree.release} is not in the table ({known}): found by name.")

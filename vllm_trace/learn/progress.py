@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.errors import UsageError
+from vllm_trace.writing import whole_file
 
 SCHEMA = 1
 FILE = "progress.json"
@@ -93,14 +94,13 @@ class Progress:
 
         Raises: ``UsageError`` when the folder cannot be written.
         """
-        beside = self.path.with_name(f".{FILE}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(self.path.parent):
                 kept = self._merged()
                 text = json.dumps({"schema": SCHEMA} | kept, indent=1)
-                beside.write_text(text, encoding="utf-8")
-                beside.replace(self.path)
+                with whole_file(self.path) as file:
+                    file.write(text.encode())
             for name, value in kept.items():
                 setattr(self, name, value)
             self._before = copy.deepcopy(kept)

@@ -90,8 +90,9 @@ def run(progress: Progress, scenario: str) -> tuple[Evidence, float, str]:
     began = time.monotonic()
     try:
         done = subprocess.run(
-            command, cwd=fresh, capture_output=True, text=True, timeout=LIMIT_S, stdin=-3
-        )
+            command, cwd=fresh, capture_output=True, text=True, timeout=LIMIT_S,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise EngineError(f"the run took more than {LIMIT_S} s and was stopped") from None
     if done.returncode not in (0, 1) or not (fresh / "run" / "trace").is_dir():

@@ -55,8 +55,7 @@ class KVCacheBlock:
         self.block_hash: Hashable | None = None  # set while the block is full and findable
         self.group_id = 0  # of the hash: one hash names different blocks in different groups
         self.is_null = False
-        self.prev_free_block: KVCacheBlock = self
-        self.next_free_block: KVCacheBlock = self
+        self.prev_free_block = self.next_free_block = self
 
     def __repr__(self) -> str:
         return (
@@ -214,7 +213,7 @@ class BlockPool:
         counted = ordered_blocks if self.rules.null_block_counted else _without_null(ordered_blocks)
         reuse_next: list[KVCacheBlock] = []
         reuse_last: list[KVCacheBlock] = []
-        # A block nobody can find is worth nothing: since 0.32 it is reused while its memory is still warm.
+        # A block nobody can find is worth nothing: since 0.24 it is reused while its memory is still warm.
         reuse_unhashed = reuse_next if self.rules.unhashed_blocks_first else reuse_last
         for block in counted:
             block.ref_cnt -= 1
@@ -255,9 +254,11 @@ class BlockPool:
             hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
         first_under = cached.setdefault
+        if len(self.cached_block_hash_to_block) > 1:  # they share the blocks
+            for block in full_blocks:
+                block.group_id = group_id
         for block, block_hash in zip(full_blocks, hashes):
             block.block_hash = block_hash
-            block.group_id = group_id
             if first_under(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:

@@ -191,11 +191,10 @@ class KVCacheManager:
         if not num_new_tokens and not num_new_computed_tokens:
             raise ValueError(f"request {request.request_id!r}: no new tokens and no hit")
         if held is not None:
-            return self._grow(request, held, num_new_tokens, num_slots)
+            return self.grow(request, held, num_new_tokens, 0, num_lookahead_tokens)
         hits = new_computed_blocks or self.no_blocks
         num_computed = request.num_computed_tokens + num_new_computed_tokens
-        num_tokens = num_computed + num_new_tokens
-        num_slots = min(num_tokens + num_lookahead_tokens, self.max_model_len)
+        num_slots = min(num_slots + num_new_computed_tokens, self.max_model_len)
         num_usable = self.block_pool.free_block_queue.num_free_blocks
         if has_scheduled_reqs and request.status is not RequestStatus.RUNNING:
             num_usable -= self.watermark_blocks
@@ -213,51 +212,45 @@ class KVCacheManager:
         held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
             self._add_hits(held, hits, num_computed)
-        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        new_blocks = self._extend(request, held, num_missing, num_tokens, num_computed)
-        if self.tell is not None:
-            self._tell_allocated(request, num_new_tokens, num_new_computed_tokens, new_blocks)
-        return new_blocks
+        return self.grow(
+            request, held, num_new_tokens, num_new_computed_tokens, num_lookahead_tokens
+        )
 
-    def _grow(
-        self, request: Request, held: RequestBlocks, num_new_tokens: int, num_slots: int
-    ) -> Blocks | None:
-        """What `allocate_slots` does for a request that runs and needs a block, fills one, or leaves one behind."""
-        num_processed = request.num_computed_tokens
-        if self._windows:
-            # Before the test, and even if the request is then refused: what left the window may be what is missing.
-            if self.rules.windows_follow_processed:
-                num_processed = max(0, num_processed - request.num_in_flight_tokens)
-            self._remove_skipped_blocks(held, num_processed)
-        if num_slots > self.max_model_len:
-            num_slots = self.max_model_len
-        num_missing = -(-num_slots // self.block_size) - len(held.tables[0])
-        if num_missing * len(held.tables) > self.block_pool.free_block_queue.num_free_blocks:
-            self._refuse(request, num_new_tokens)
-            return None
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        new_blocks = self._extend(request, held, num_missing, num_tokens, num_processed)
-        if self.tell is not None and num_missing > 0:
-            self._tell_allocated(request, num_new_tokens, 0, new_blocks)
-        return new_blocks
-
-    def _extend(
+    def grow(
         self,
         request: Request,
         held: RequestBlocks,
-        num_missing: int,
-        num_tokens: int,
-        num_processed: int,
-    ) -> Blocks:
-        """Take `num_missing` blocks, hash those that `num_tokens` fill, and see how long it will do."""
-        tables, block_size = held.tables, self.block_size
+        num_new_tokens: int,
+        num_hit_tokens: int = 0,
+        num_lookahead_tokens: int = 0,
+    ) -> Blocks | None:
+        """What `allocate_slots` does for a request that runs, or may: take blocks, hash those that become full.
+
+        Leaves behind what left a window. Sees up to how many tokens there will be nothing to do.
+        """
+        num_processed = num_computed = request.num_computed_tokens + num_hit_tokens
+        if self._windows:
+            # Before the test, and even if the request is then refused: what left the window may be what is missing.
+            if self.rules.windows_follow_processed:
+                num_processed = max(0, num_computed - request.num_in_flight_tokens)
+            self._remove_skipped_blocks(held, num_processed)
+        num_tokens = num_computed + num_new_tokens
+        num_slots = num_tokens + num_lookahead_tokens
+        if num_slots > self.max_model_len:
+            num_slots = self.max_model_len
+        tables, block_size, pool = held.tables, self.block_size, self.block_pool
+        num_missing = -(-num_slots // block_size) - len(tables[0])
         new_blocks = self.no_blocks
         if num_missing > 0:
+            if num_missing * len(tables) > pool.free_block_queue.num_free_blocks:
+                self._refuse(request, num_new_tokens)
+                return None
             new_blocks = ()
             for table in tables:
-                blocks = self.block_pool.get_new_blocks(num_missing)
+                blocks = pool.get_new_blocks(num_missing)
                 table += blocks
                 new_blocks += (blocks,)
+
         num_blocks = len(tables[0])
         held.quiet_until = num_blocks * block_size
         if self.enable_caching:
@@ -271,6 +264,11 @@ class KVCacheManager:
         for _, manager in self._windows:
             num_skipped = manager.get_num_skipped_blocks(num_processed)
             held.quiet_until = min(held.quiet_until, manager.get_next_skip(num_skipped))
+
+        if self.tell is not None and (num_missing > 0 or num_hit_tokens):
+            num_free = pool.free_block_queue.num_free_blocks
+            key, ids = request.request_id, _ids(new_blocks)
+            self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
         return new_blocks
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
@@ -378,15 +376,6 @@ class KVCacheManager:
         if self.tell is not None:
             num_free = self.block_pool.get_num_free_blocks()
             self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
-
-    def _tell_allocated(
-        self, request: Request, num_new_tokens: int, num_hit_tokens: int, new_blocks: Blocks
-    ) -> None:
-        ids = _ids(new_blocks)
-        if self.tell is not None and (ids or num_hit_tokens):
-            num_free = self.block_pool.free_block_queue.num_free_blocks
-            key = request.request_id
-            self.tell(("slots.allocated", key, num_new_tokens, num_hit_tokens, ids, num_free))
 
 
 def _ids(blocks: Blocks) -> list[list[int]]:

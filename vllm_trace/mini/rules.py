@@ -1,6 +1,8 @@
 """What differs between vLLM releases, by name, each with the release that changed it.
 
-Follows: vLLM 0.8.5 (V1), 0.9.2, 0.11, 0.20.2, 0.32.0, 0.33.0: block_pool.py, kv_cache_manager.py, sched/scheduler.py.
+Follows: block_pool.py, kv_cache_manager.py, sched/scheduler.py of the releases in `KNOWN_RELEASES`, with which mini
+was compared. The release of a rule is the first whose source has it, of 0.8.5, 0.9.2, 0.10.2 and all from 0.11.2 to
+0.33.0 but 0.15.
 Leaves out: differences in parts that mini does not have (connectors, speculative decoding, Mamba, multimodal input).
 
 A rule is a yes or no that the code of mini asks at one place. `rules_for("0.32.0")` answers all of them at once.
@@ -30,9 +32,9 @@ class Rules:
 
     # The pool and the tables.
     unhashed_blocks_first: bool = _since(
-        "0.32.0",
+        "0.24.0",
         "A freed block without a hash goes to the front of the free queue, a hashed one to the end;"
-        " before, all went to the end.",
+        " before, all went to the end (in 0.23, all but those of sliding windows).",
     )
     free_tail_first: bool = _since(
         "0.9.2",
@@ -49,38 +51,38 @@ class Rules:
         " afterwards they are cut off first.",
     )
     windows_follow_processed: bool = _since(
-        "0.32.0",
+        "0.26.0",
         "A window moves on with the tokens whose step has been answered;"
         " before, with those that were planned.",
     )
     fixed_hash_seed: bool = _since(
-        "0.32.0",
+        "0.29.0",
         "The parent of a first block is the hash of a fixed seed;"
         " before, of random bytes in each process unless PYTHONHASHSEED is set.",
     )
     sparse_window_cache: bool = _since(
-        "0.32.0",
+        "0.23.0",
         "A sliding-window group hashes only blocks that a later request can resume from"
-        " (prefix_cache_retention_interval).",
+        " (prefix_cache_retention_interval; before 0.29 an environment variable).",
     )
     # Admission.
     whole_sequence_admission: bool = _since(
-        "0.20.2",
+        "0.19.0",
         "A waiting request is admitted only when its whole sequence fits, not only its first chunk"
         " (scheduler_reserve_full_isl).",
     )
     whole_sequence_test_inside: bool = _since(
-        "0.32.0",
+        "0.21.0",
         "That test is part of allocate_slots, and who fails it is refused the chunk of this step;"
         " before, it was a call of its own, about all that is left of the sequence.",
     )
     watermark: bool = _since(
-        "0.32.0",
+        "0.24.0",
         "A share of the blocks may be kept free when a request is admitted beside running ones.",
     )
     # The step.
     alone_means_unthrottled: bool = _since(
-        "0.32.0",
+        "0.31.0",
         "long_prefill_token_threshold is ignored while the engine holds one request only.",
     )
     one_position_left: bool = _since(
@@ -89,7 +91,7 @@ class Rules:
         " which belongs to the token that it samples.",
     )
     index_follows_victim: bool = _since(
-        "0.32.0",
+        "0.28.0",
         "PRIORITY: nobody is passed over when a victim stood before the request being served;"
         " before, only if the victim was scheduled in this step.",
     )
@@ -99,7 +101,7 @@ class Rules:
         " before, the loop over running requests ended.",
     )
     stale_output_waits: bool = _since(
-        "0.32.0",
+        "0.27.0",
         "Async: a preempted request waits until its steps in flight have been answered,"
         " and its placeholders are void.",
     )

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vllm_trace.errors import UsageError, unknown
 from vllm_trace.plotting import THEMES, figure, save
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-GOLD = ROOT / "tests" / "gold"
-"""The traces of a checkout; a wheel has none."""
+GOLD = Path(str(resources.files("vllm_trace.gold")))
+"""The traces that come with the package."""
 
-RESULTS = ROOT / "docs" / "results.json"
+RESULTS = Path(__file__).resolve().parent.parent.parent / "docs" / "results.json"
+"""The figures of a checkout; a wheel has none."""
 
 
 @dataclass(frozen=True)

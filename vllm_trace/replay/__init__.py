@@ -35,6 +35,8 @@ from vllm_trace.tracefile import TraceFile
 
 DRIVERS: dict[str, type[Replay]] = {"manager": ManagerReplay, "engine": EngineReplay}
 MODES = tuple(DRIVERS)
+STRETCH = 256
+"""Events that are compared at once; as many as there are in a few steps."""
 
 
 @dataclass
@@ -79,20 +81,31 @@ def replay(trace: Trace, mode: str, release: str = "") -> Replayed:
 
     Raises: ``TraceError`` when the trace has no engine in it.
     """
+    result = _replay(trace, mode, release, STRETCH)
+    if result.divergence:
+        # Step by step, so that mini stands still where it differs, and can be looked at.
+        result = _replay(trace, mode, release, 1)
+    if result.divergence and not release:
+        _try_other_rules(result, trace)
+    return result
+
+
+def _replay(trace: Trace, mode: str, release: str, stretch: int) -> Replayed:
+    """``stretch``: about how many events are compared at once, in whole steps."""
     result = Replayed(mode, release or str(trace.header.get("vllm", "")))
-    result.explained = not release
+    result.explained = not release and stretch == 1
     if trace.level == "light":
         result.not_judged.append(
             "level light: blocks and lookups were not recorded, so nothing can be compared"
         )
     engines = Engines()
     drivers = engines.drivers
-    for segment in segments(trace):
-        _, process, events = segment
+    for segment in segments(trace, stretch):
+        _, process, events, kinds = segment
         result.num_events += len(events)
         if result.not_judged or result.divergence:
             result.num_consumed += type(events[0]) is BackendSelected
-        elif process in drivers and type(events[-1]) in ENDS:
+        elif process in drivers and kinds[-1] in ENDS:
             _run(drivers[process], segment, result, trace, engines)
         else:
             _take_apart(segment, result, trace, engines)
@@ -106,8 +119,6 @@ def replay(trace: Trace, mode: str, release: str = "") -> Replayed:
         )
     result.not_judged += _missing_workers(trace, engines.all)
     result.not_judged += trace.problems
-    if result.divergence and result.explained:
-        _try_other_rules(result, trace)
     return result
 
 

@@ -6,7 +6,7 @@ program puts it into a fresh manager and makes that call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_trace.events import (
@@ -29,6 +29,8 @@ CALL_ENDS = frozenset(
     | {StepScheduled, StepUpdated}
 )
 """Events that are told when a call of the manager or the scheduler returns."""
+WIDTH = 76
+"""Columns of the program."""
 HEAD = 64
 """Blocks at the head of the free queue whose order and hashes are told; no call here takes more."""
 
@@ -77,17 +79,44 @@ def script(before: Recorded, end: Event | None, difference: Any, name: Any, sett
             return _only_said(difference)
         body = _call(end, key, known, before, settings, name)
         wanted = set(known.hashes) if known else set()
-    return "\n".join(
-        [*_imports(body), "", *_manager(config, settings), *_restored(before, wanted, name), *body]
-        + [f"print('recorded:', {_plain(difference.recorded)!r})"]
-        + [f"print('mini:    ', {_plain(difference.mini)!r})", ""]
-    )
+    state = [*_manager(config, settings), *_restored(before, wanted, name)]
+    return _folded([*_imports(body), "", *state, *body, *_said(difference)])
 
 
 def _only_said(difference: Any) -> str:
     """Where there is no call to make again: a difference in what a worker received."""
-    said = f"print('recorded:', {_plain(difference.recorded)!r})\n"
-    return said + f"print('mini:    ', {_plain(difference.mini)!r})\n"
+    return _folded(_said(difference))
+
+
+def _said(difference: Any) -> list[str]:
+    return [
+        *_printed("recorded:", _plain(difference.recorded)),
+        *_printed("mini:    ", _plain(difference.mini)),
+    ]
+
+
+def _printed(title: str, said: str) -> list[str]:
+    """A call of ``print``, its text on as many lines as it takes."""
+    if len(said) + len(title) < WIDTH - 15:
+        return [f"print({title!r}, {said!r})"]
+    size = WIDTH - 8
+    pieces = [said[at : at + size] for at in range(0, len(said), size)]
+    return ["print(", f"    {title!r},", *(f"    {piece!r}" for piece in pieces), ")"]
+
+
+def _folded(lines: Iterable[str]) -> str:
+    """A program that a narrow terminal shows as it is: long lines go on, indented, behind a comma."""
+    folded = []
+    for line in "\n".join(lines).split("\n"):
+        more = "# " if line.startswith("#") else "    "
+        while len(line) > WIDTH:
+            cut = line.rfind(", ", 0, WIDTH)
+            if cut < len(more) or line.count("'", 0, cut) % 2 or '"' in line:
+                break  # it would be within a text
+            folded.append(line[: cut + 1])
+            line = more + line[cut + 2 :]
+        folded.append(line)
+    return "\n".join([*folded, ""])
 
 
 def _imports(body: list[str]) -> list[str]:

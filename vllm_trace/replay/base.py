@@ -13,11 +13,12 @@ from vllm_trace.events import (
     PrefixLookedUp,
     RequestArrived,
 )
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
+from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
 from vllm_trace.mini.request import Request
 from vllm_trace.mini.rules import rules_for
 from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
+from vllm_trace.replay.steady_manager import SteadyManager
 
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
@@ -57,7 +58,7 @@ class Replay:
         self.num_hashes_told: dict[int, int] = {}
         """By arrivals and lookups; ``blocks.cached`` may have told some of them before."""
         self.rules = rules_for(release)
-        self.manager = KVCacheManager(
+        self.manager = SteadyManager(
             config.num_blocks,
             [
                 SlidingWindowSpec(group.block_size, group.sliding_window)
@@ -77,8 +78,7 @@ class Replay:
 
     def take(self, segment: Segment) -> None:
         """Replay one segment. Raises: ``Diverged``, with the number of the event."""
-        events, told = segment.events, self.told
-        kinds = [*map(type, events)]
+        events, kinds, told = segment.events, segment.kinds, self.told
         try:
             self.begin(segment)
             for place, act in enumerate(map(self.acts.get, kinds)):

@@ -23,7 +23,7 @@ from vllm_trace.mini.kv_cache_manager import KVCacheManager
 from vllm_trace.replay.again import CALL_ENDS, script
 from vllm_trace.replay.recorded import Recorded
 from vllm_trace.replay.segments import COMPARED_OF_WORKERS, ENDS, OF_WORKERS
-from vllm_trace.trace import Record, Trace
+from vllm_trace.trace import REQUEST_LISTS, Record, Trace
 
 STORY = 12
 """Events told before a divergence."""
@@ -35,6 +35,9 @@ OUTSIDE = frozenset(
 
 LONG = {"sampling", "candidates", "settings", "request_id", "arrival_unix", "num_kept", "kept"}
 """Fields that a story leaves out."""
+
+LINE = 240
+"""Characters of an event in a story."""
 
 
 def describe(
@@ -110,7 +113,14 @@ def _words(fact: Any, trace: Trace) -> str:
     if kind.startswith(("request.", "slots", "prefix.looked", "worker", "table", "blocks.cached")):
         if values and isinstance(values[0], int):
             values[0] = trace.names.get(values[0], values[0])
+    elif kind.endswith("requests") or kind == "preempted":
+        values = [_named(value, trace) for value in values]
     return f"{kind} {' '.join(str(value) for value in values)}"
+
+
+def _named(requests: Any, trace: Trace) -> str:
+    """``[r-0, r-1]``."""
+    return f"[{', '.join(trace.names.get(one, str(one)) for one in requests)}]"
 
 
 def _line(record: Record, trace: Trace) -> str:
@@ -123,7 +133,10 @@ def _line(record: Record, trace: Trace) -> str:
             continue
         if key == "request":
             value = trace.names.get(value, value)
+        elif key in REQUEST_LISTS:
+            value = _named(value, trace)
         if key.endswith("hashes"):
             value = [f"{one:016x}"[-6:] for one in value]  # enough to tell them apart
         said.append(f"{key}={value}".replace("'", ""))
-    return f"event {record.number}: {kind} {' '.join(said)}"[:240]
+    line = f"event {record.number}: {kind} {' '.join(said)}"
+    return line if len(line) <= LINE else f"{line[: LINE - 2]} …"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import Any
 
 from vllm_trace.events import (
@@ -21,7 +20,8 @@ from vllm_trace.replay.steady_scheduler import SteadyScheduler
 
 OF_A_PLAN = ("scheduled requests", "scheduled tokens")
 OF_A_STEP = (
-    "new requests", "resumed requests", "preempted", "running", "waiting", "free blocks",
+    "new requests", "resumed requests", "preempted", "finished requests",
+    "running", "waiting", "free blocks",
 )  # fmt: skip
 
 
@@ -52,7 +52,9 @@ class EngineReplay(Replay):
             ),
             tell=self.told.append,
         )
-        self.plan: tuple[Any, ...] = (None, None, None)
+        self.planned: Any = None
+        self.order: list[int] | None = None
+        self.counts: list[int] | None = None
         """The last step as ``mini`` planned it, its requests and their tokens as they were recorded."""
         self.outputs: dict[int, Any] = {}
         self.stops: dict[Any, str] = {}
@@ -78,22 +80,24 @@ class EngineReplay(Replay):
         self.told.append(("prefix.reset", self.manager.reset_prefix_cache()))
 
     def scheduled(self, event: StepScheduled) -> None:
-        scheduler, output = self.scheduler, self.scheduler.schedule()
-        plan = (output.num_scheduled_tokens, event.requests, event.num_tokens)
-        if all(map(is_, plan, self.plan)):
+        scheduler, requests, counts = self.scheduler, event.requests, event.num_tokens
+        output = scheduler.schedule()
+        planned = output.num_scheduled_tokens
+        if planned is self.planned and requests is self.order and counts is self.counts:
             self.num_compared += 2  # both sides repeat the very plan that was equal before
         else:
-            mine = plan[0]
-            planned = ([*mine], [*mine.values()])
-            self.require(event, OF_A_PLAN, (event.requests, event.num_tokens), planned)
-            self.plan = plan
+            mine = ([*planned], [*planned.values()])
+            self.require(event, OF_A_PLAN, (requests, counts), mine)
+            self.planned, self.order, self.counts = planned, requests, counts
         recorded = (
-            event.new, event.resumed, event.preempted,
+            event.new, event.resumed, event.preempted, event.finished and sorted(event.finished),
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
-        preempted = list[Any](output.preempted_req_ids)
+        preempted: list[Any] = output.preempted_req_ids
+        ended: list[Any] = output.finished_req_ids
         made = (
-            output.scheduled_new_reqs, output.scheduled_resumed_reqs, sorted(preempted),
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs,
+            preempted and sorted(preempted), ended and sorted(ended),
             len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)

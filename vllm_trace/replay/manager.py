@@ -35,6 +35,8 @@ from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
 
+OF_A_STEP = ("calls without a block", "free blocks")
+
 
 class ManagerReplay(Replay):
     """Recorded calls drive the manager."""
@@ -207,7 +209,9 @@ class ManagerReplay(Replay):
         elif self.filled != event.request:
             if self.filled is not None:
                 self._fill()
-            self.filled = event.request
+            member = self.steady.members.get(event.request)
+            if member is None or not self.steady.decode(member):
+                self.filled = event.request
 
     def _fill(self, caller: int | None = None) -> None:
         """Make the silent call that filled a block, unless it is the caller's own, which comes now."""
@@ -215,8 +219,6 @@ class ManagerReplay(Replay):
         if key is None or key == caller:
             return
         member = self.steady.members.get(key)
-        if member is not None and self.steady.decode(member):
-            return
         end, num_tokens = self._upcoming(self.place)[0], None
         if type(end) is StepScheduled:
             num_tokens = dict(zip(end.requests or (), end.num_tokens or ())).get(key)
@@ -262,11 +264,11 @@ class ManagerReplay(Replay):
         num_silent = len(event.kept) or len(requests) - len(self.grown)
         recorded = (event.num_kept, event.num_free_blocks)
         made = (num_silent, self.pool.free_block_queue.num_free_blocks)
-        self.require(event, ("calls without a block", "free blocks"), recorded, made)
+        self.require(event, OF_A_STEP, recorded, made)
         self.num_silent += num_silent
         self.grown.clear()
         self.called.clear()
-        self.steady.num_scheduled += 1
+        self.steady.next_step()
         if self.others:
             self._advance()
         if requests:
@@ -284,15 +286,16 @@ class ManagerReplay(Replay):
     def _sort(self, requests: list[int], counts: list[int]) -> None:
         """Who is steady in this step, and who is not."""
         members = self.steady.members
-        if counts.count(1) != len(counts):
+        others = {key: n for key, n in zip(requests, counts) if key not in members}
+        if counts.count(1) - [*others.values()].count(1) != len(requests) - len(others):
             for key, num_tokens in zip(requests, counts):
-                if num_tokens != 1 and key in members:
+                if num_tokens != 1:
                     self.steady.leave(key)
-        self.order, self.counts = requests, counts
-        self.others = {key: n for key, n in zip(requests, counts) if key not in members}
-        if len(self.others) + len(members) > len(requests):
+            others = {key: n for key, n in zip(requests, counts) if key not in members}
+        if len(others) + len(members) > len(requests):
             for key in members.keys() - requests:
                 self.steady.leave(key)
+        self.order, self.counts, self.others = requests, counts, others
 
     def _advance(self) -> None:
         """Count what was planned for those who are not steady; who decodes becomes it."""
@@ -322,7 +325,10 @@ class ManagerReplay(Replay):
             return
         self.steady.num_updated += 1
         outputs = event.num_output_tokens or [0] * len(self.order)
-        if not self.others and outputs.count(1) == len(outputs):
+        if outputs.count(1) == len(outputs) == len(self.order):
+            for key in self.others:
+                if key in self.requests:
+                    self.requests[key].num_tokens += 1
             return
         for key, sampled in zip(self.order, outputs, strict=True):
             if key in self.others:

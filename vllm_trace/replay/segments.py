@@ -44,16 +44,18 @@ class Segment(NamedTuple):
     """Of the events: a range, or a list."""
     process: int
     events: list[Event]
+    kinds: list[type[Event]]
 
 
-def segments(trace: Trace) -> Iterator[Segment]:
+def segments(trace: Trace, stretch: int = 1) -> Iterator[Segment]:
     """Every event of a trace once, in segments.
 
     Events of workers in another process are segments of their own; in the scheduler's process they
-    stand between a schedule and its answer and stay there.
+    stand between a schedule and its answer and stay there. Of a single process whole steps may go
+    together, up to about ``stretch`` events: what a segment costs is then shared by many steps.
     """
     one = type(trace) is Trace and len(trace.files) == 1
-    return _of_one_process(trace) if one else _of_several(trace)
+    return _of_one_process(trace, stretch) if one else _of_several(trace)
 
 
 def _of_several(trace: Trace) -> Iterator[Segment]:
@@ -61,40 +63,51 @@ def _of_several(trace: Trace) -> Iterator[Segment]:
     for number, process, event in trace.records():
         kind = type(event)
         if kind in OF_WORKERS:
-            yield Segment([number], process, [event])
+            yield Segment([number], process, [event], [kind])
             continue
         if kind in ALONE and process in waiting:
             yield waiting.pop(process)
-        segment = waiting.setdefault(process, Segment([], process, []))
+        segment = waiting.setdefault(process, Segment([], process, [], []))
         segment.numbers.append(number)
         segment.events.append(event)
+        segment.kinds.append(kind)
         if kind in ENDS or kind in ALONE:
             yield waiting.pop(process)
     yield from waiting.values()
 
 
-def _of_one_process(trace: Trace) -> Iterator[Segment]:
+def _of_one_process(trace: Trace, stretch: int) -> Iterator[Segment]:
     """The same from whole batches: where a batch is one step, as a recorder writes it, so is the segment."""
     first = 1
+    steps: list[Event] = []
+    kinds: list[type[Event]] = []
     waiting: list[Event] = []
     trace.names.clear()
     for batch in trace.files[0].batches():
         events = waiting + batch if waiting else batch
         if not events:
             continue  # whatever was captured made no event
-        kinds = [*map(type, events)]
-        if kinds[-1] is StepUpdated and kinds.count(StepUpdated) == 1 and ALONE.isdisjoint(kinds):
-            cuts = [len(events)]
-        else:
-            cuts = _cuts(kinds)
-        start = 0
-        for cut in cuts:
-            yield Segment(range(first + start, first + cut), 0, events[start:cut])
-            start = cut
-        first += start
-        waiting = events[start:]
-    if waiting:
-        yield Segment(range(first, first + len(waiting)), 0, waiting)
+        new = [*map(type, events)]
+        whole = new[-1] is StepUpdated and new.count(StepUpdated) == 1 and ALONE.isdisjoint(new)
+        if whole:
+            steps += events
+            kinds += new
+            waiting = []
+        if steps and (not whole or len(steps) >= stretch):
+            yield Segment(range(first, first + len(steps)), 0, steps, kinds)
+            first += len(steps)
+            steps, kinds = [], []
+        if not whole:
+            start = 0
+            for cut in _cuts(new):
+                numbers = range(first + start, first + cut)
+                yield Segment(numbers, 0, events[start:cut], new[start:cut])
+                start = cut
+            first += start
+            waiting = events[start:]
+    rest = steps or waiting
+    if rest:
+        yield Segment(range(first, first + len(rest)), 0, rest, [*map(type, rest)])
 
 
 def _cuts(kinds: list[type[Event]]) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_trace.mini.kv_cache_manager import KVCacheManager, RequestBlocks
+from vllm_trace.mini.kv_cache_manager import RequestBlocks
 from vllm_trace.mini.request import Request
+from vllm_trace.replay.steady_manager import SteadyManager
 
 
 class Member:
@@ -24,13 +25,18 @@ class Steady:
     Steps are counted from 1 as they are scheduled, whatever numbers they have in the trace.
     """
 
-    def __init__(self, manager: KVCacheManager) -> None:
-        self._allocate_slots = manager.allocate_slots
+    def __init__(self, manager: SteadyManager) -> None:
+        self._manager = manager
         self.num_scheduled = 0
         self.num_updated = 0
         self.members: dict[int, Member] = {}
         self._due: dict[int, list[Member]] = {}
         """Step → members to look at in it; a member that was looked at earlier has another step now."""
+
+    def next_step(self) -> None:
+        """The step that was being scheduled is complete."""
+        self.num_scheduled += 1
+        self._due.pop(self.num_scheduled, None)
 
     def join(self, key: int, request: Request, held: RequestBlocks, rank: int = 0) -> None:
         """From the next step on. ``request`` has its counts as they are before it."""
@@ -44,10 +50,13 @@ class Steady:
         request = member.request
         request.num_computed_tokens = member.computed + self.num_scheduled
         request.num_tokens = member.tokens + self.num_updated
-        if self._allocate_slots(request, num_tokens) is None:
-            return False
-        self._look_again(member, self.num_scheduled + 2)
-        return True
+        if num_tokens == 1:
+            granted = self._manager.append_slot(request, member.held)
+        else:
+            granted = self._manager.allocate_slots(request, num_tokens) is not None
+        if granted:
+            self._look_again(member, self.num_scheduled + 2)
+        return granted
 
     def decode(self, member: Member) -> bool:
         """The same for one token, if that is all that is left to compute: a chunk of a prompt may be one token too."""
@@ -70,7 +79,7 @@ class Steady:
     def due(self) -> list[Member]:
         """Whose quiet ends in the step that is being scheduled, and who was not called in it."""
         step = self.num_scheduled + 1
-        waiting = self._due.pop(step, None)
+        waiting = self._due.get(step)
         return [member for member in waiting if member.due == step] if waiting else []
 
     def leave(self, key: int) -> None:

@@ -13,10 +13,10 @@ from operator import attrgetter
 from typing import Any
 
 from vllm_trace.mini.block_pool import Tell
-from vllm_trace.mini.kv_cache_manager import KVCacheManager
 from vllm_trace.mini.request import Request, RequestStatus
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from vllm_trace.replay.steady import Member, Steady
+from vllm_trace.replay.steady_manager import SteadyManager
 
 rank_of = attrgetter("rank")
 
@@ -28,7 +28,7 @@ class SteadyScheduler(Scheduler):
     ``Scheduler`` tells all but preemptions, as the rest is in its answers.
     """
 
-    def __init__(self, manager: KVCacheManager, config: SchedulerConfig, tell: Tell) -> None:
+    def __init__(self, manager: SteadyManager, config: SchedulerConfig, tell: Tell) -> None:
         super().__init__(manager, config)
         self._tell_preempted = tell
         self.steady = Steady(manager)
@@ -45,33 +45,70 @@ class SteadyScheduler(Scheduler):
         """Who else is in the plan that is being made, and their tokens; None when nobody is passed over."""
         self._ends: dict[int, list[Any]] = {}
         """Answer → members who have all their tokens then."""
+        self._repeated = SchedulerOutput(0)
+        """The plan of the last step in which everybody decoded: it serves again while they are the same."""
 
     # Planning ---------------------------------------------------------------------------
 
     def schedule(self) -> SchedulerOutput:
-        if self.steady.num_scheduled > self.steady.num_updated and not self.one_by_one:
+        steady, planned = self.steady, self._ones
+        if steady.num_scheduled > steady.num_updated and not self.one_by_one:
             self.one_by_one = True  # steps overlap without async scheduling (pipelines)
             self._wake_all()
+        elif planned and not self.waiting:
+            due = steady.due()
+            if self._all_decode(self.config.max_num_batched_tokens, due):
+                self._call_each(due)
+                return self._repeat(planned)
         return super().schedule()
+
+    def _all_decode(self, token_budget: int, due: list[Member]) -> bool:
+        """Whether all that run only decode, and nobody can be refused."""
+        members = self.steady.members
+        return (
+            len(members) == len(self.running)
+            and len(members) <= token_budget
+            and self._num_growing(due) * self._num_groups <= self._queue.num_free_blocks
+        )
+
+    def _num_growing(self, due: list[Member]) -> int:
+        """How many of them need a block: the others' last block is full with this token."""
+        block_size = self.kv_cache_manager.block_size
+        return sum([member.held.quiet_until % block_size == 0 for member in due])
+
+    def _call_each(self, due: list[Member]) -> None:
+        if len(due) > 1:
+            due.sort(key=rank_of)
+        for member in due:
+            self.steady.call(member)
+
+    def _repeat(self, planned: dict[Hashable, int]) -> SchedulerOutput:
+        """One token for everybody, as in the step before: the same plan, in the same object."""
+        output, self._awake = self._repeated, {}
+        self.current_step += 1
+        self.steady.next_step()
+        if (
+            output.num_scheduled_tokens is not planned
+            or output.finished_req_ids
+            or self.finished_req_ids
+        ):
+            output = self._repeated = SchedulerOutput(self.current_step, planned)
+            output.finished_req_ids, self.finished_req_ids = self.finished_req_ids, []
+        output.step = self.current_step
+        return output
 
     def _schedule_running(self, output: SchedulerOutput, token_budget: int, threshold: int) -> int:
         if self.one_by_one:
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
-        members, due = self.steady.members, self.steady.due()
-        num_free = self._queue.num_free_blocks
-        left = token_budget - len(members)
-        if left < 0 or len(members) < len(self.running) or len(due) * self._num_groups > num_free:
+        due = self.steady.due()
+        if not self._all_decode(token_budget, due):
             return self._schedule_apart(output, token_budget, threshold, due)
-        # Everybody decodes, and nobody can be refused.
         planned = self._ones or self._all_ones()
         output.num_scheduled_tokens = planned.copy() if self.waiting else planned
         self._awake = {}
-        if len(due) > 1:
-            due.sort(key=rank_of)
-        for member in due:
-            self.steady.call(member)
-        return left
+        self._call_each(due)
+        return token_budget - len(planned)
 
     def _schedule_apart(
         self, output: SchedulerOutput, token_budget: int, threshold: int, due: list[Member]
@@ -84,7 +121,7 @@ class SteadyScheduler(Scheduler):
             if request.request_id not in members
         }
         left = token_budget - len(members) - sum(others.values())
-        if left < 0 or not self._all_fit(len(due), others):
+        if left < 0 or not self._all_fit(self._num_growing(due), others):
             self._wake_all()
             self._awake = None
             return super()._schedule_running(output, token_budget, threshold)
@@ -103,7 +140,7 @@ class SteadyScheduler(Scheduler):
         return self._ones
 
     def _all_fit(self, num_blocks: int, others: Mapping[Any, int]) -> bool:
-        """Whether the pool has as many blocks (one for each that is due) and what the others need."""
+        """Whether the pool has as many blocks (one for each that grows) and what the others need."""
         manager = self.kv_cache_manager
         for key, num_tokens in others.items():
             if not num_tokens:
@@ -116,7 +153,7 @@ class SteadyScheduler(Scheduler):
         planned, awake = output.num_scheduled_tokens, self._awake
         if not planned:
             return
-        self.steady.num_scheduled += 1
+        self.steady.next_step()
         num_admitted = len(output.scheduled_new_reqs) + len(output.scheduled_resumed_reqs)
         if num_admitted:
             admitted = [*planned][-num_admitted:]
@@ -151,7 +188,11 @@ class SteadyScheduler(Scheduler):
             return self.update_from_output(output, dict(zip(planned, counts, strict=True)), stops)
         steady = self.steady
         irregular = counts.count(1) != len(planned) or len(counts) != len(planned)
-        woken = [*self._ends.pop(steady.num_updated + 1, ()), *stops]
+        ended = self._ends.pop(steady.num_updated + 1, None)
+        if not (irregular or ended or stops) and len(planned) == len(steady.members):
+            steady.num_updated += 1
+            return {}
+        woken = [*(ended or ()), *stops]
         if irregular:
             woken += [key for key, count in zip(planned, counts, strict=True) if count != 1]
         for key in woken:

@@ -20,33 +20,26 @@ class WorkerTables:
     def __init__(self, num_groups: int) -> None:
         self.num_groups = num_groups
         self.tables: Tables = {}
+        """Rows grow in place; another dictionary takes its place when somebody comes or goes."""
         self.rows: dict[tuple[int, int, int], list[int]] = {}
         """What kernels received, by process, group and request."""
         self.planned: dict[int, Tables] = {}
         """The tables that a step was planned with: it may run when others are there."""
-        self._plan: Tables = {}
-        self._requests: list[int] | None = None
-        """Whom ``_plan`` is of; None when their tables are others now."""
 
     def admit(self, request: int, hits: Any) -> None:
         ids = [[block.block_id for block in group] for group in hits or ()]
-        self.tables[request] = ids or [[] for _ in range(self.num_groups)]
-        self._requests = None
+        self.tables = self.tables | {request: ids or [[] for _ in range(self.num_groups)]}
 
     def grow(self, request: int, new: list[list[int]]) -> None:
         for row, ids in zip(self.tables[request], new):
             row.extend(ids)
 
     def forget(self, request: int) -> None:
+        self.tables = self.tables.copy()
         self.tables.pop(request, None)
-        self._requests = None
 
     def plan(self, event: StepScheduled) -> None:
-        requests, tables = event.requests or [], self.tables
-        if requests is not self._requests:
-            self._plan = {request: tables[request] for request in requests if request in tables}
-            self._requests = requests
-        self.planned[event.step] = self._plan
+        self.planned[event.step] = self.tables
         if len(self.planned) > PLANS_KEPT:
             del self.planned[next(iter(self.planned))]
 

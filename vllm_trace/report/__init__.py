@@ -8,9 +8,6 @@ browser, through ``textContent``.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from vllm_trace.report import page
 from vllm_trace.report.document import document
 from vllm_trace.report.salvage import Salvaged
 from vllm_trace.trace import Trace
+from vllm_trace.writing import whole_file
 
 __all__ = ["Asked", "Made", "build", "save"]
 
@@ -85,20 +83,11 @@ def save(html: bytes, path: Path) -> None:
 
     Raises: ``UsageError`` when it cannot be written.
     """
-    made = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(html)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(made, 0o666 & ~mask)
-        os.replace(made, path)
     except OSError as error:
-        if made:
-            with contextlib.suppress(OSError):
-                os.unlink(made)
         raise UsageError(
             f"cannot write {path}: {error.strerror}", hint="Give another file with -o"
         ) from None

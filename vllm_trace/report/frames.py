@@ -18,6 +18,7 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.report.pool import PoolChanges
+from vllm_trace.state import computes_prompt
 from vllm_trace.trace import Record
 
 MAX_FRAMES = 20_000
@@ -131,15 +132,11 @@ class Frames:
     def _spans_of(self, frame: int, event: StepScheduled) -> None:
         state = self.pool.state
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
-            if self.light:
-                # Hits are not in a light trace, so where the request stands is not known.
-                joined = request in event.new or request in event.resumed
-                prefill = joined or count - event.num_spec_tokens.get(request, 0) > 1
-            else:
-                before = state.computed.get(request, count) - count
-                prefill = before < state.num_prompt_tokens.get(request, 0)
-            self._begin(request, PREFILL if prefill else DECODE, frame)
             computed = state.computed.get(request, count)
+            before = None if self.light else computed - count
+            prompt = state.num_prompt_tokens.get(request, 0)
+            prefill = computes_prompt(event, request, count, before, prompt)
+            self._begin(request, PREFILL if prefill else DECODE, frame)
             if self._computed.get(request) != computed - count:
                 self.admitted.append([frame, request, computed])
             self._computed[request] = computed

@@ -24,7 +24,7 @@ from vllm_trace.events import (
     StepUpdated,
     TableRowChanged,
 )
-from vllm_trace.state import NULL_BLOCK, KVState
+from vllm_trace.state import NULL_BLOCK, KVState, computes_prompt
 from vllm_trace.summary.kernels import KernelReading
 from vllm_trace.summary.model import RequestLife, Step, Summary
 from vllm_trace.summary.workers import WorkerReading
@@ -177,7 +177,8 @@ class Reading:
         for request, count in zip(event.requests or (), event.num_tokens or (), strict=True):
             life = self._life(request)
             computed = self.state.computed.get(request, count)
-            if self._is_prefill(event, request, count, computed - count):
+            before = None if self.light else computed - count
+            if computes_prompt(event, request, count, before, life.num_prompt_tokens):
                 step.num_prefill_tokens += count
                 life.num_chunks += 1
             else:
@@ -192,14 +193,6 @@ class Reading:
                 life.table = table
             planned[request] = table
         self.check.plan(event.step, planned)
-
-    def _is_prefill(self, event: StepScheduled, request: int, count: int, before: int) -> bool:
-        if not self.light:
-            return before < self._life(request).num_prompt_tokens
-        # Hits are not in a light trace, so where the request stands is not known. A chunk of a
-        # single token, other than the first, is taken for a decode.
-        more = count - event.num_spec_tokens.get(request, 0)
-        return more > 1 or request in event.new or request in event.resumed
 
     def _updated(self, process: int, event: StepUpdated) -> None:
         step = self._step(event.step)

@@ -16,7 +16,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.learn import runs
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TraceWriter
+from vllm_trace.tracewriter import TraceWriter
 
 
 def clean(scenario: str) -> list[Event]:

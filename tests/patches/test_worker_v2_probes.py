@@ -18,7 +18,7 @@ from vllm_trace.events import (
 from vllm_trace.hooks.wrap import make_wrapper
 from vllm_trace.options import Options
 from vllm_trace.patches import attention_probes as a
-from vllm_trace.patches import worker_probes as w
+from vllm_trace.patches import worker_v2_probes as w
 from vllm_trace.recorder import Recorder
 from vllm_trace.tracefile import TraceFile
 

@@ -23,17 +23,19 @@ reader knows that it has those batches already. The tail goes away when the file
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Union
 
 import msgspec
 import zstandard
 
 from vllm_trace.errors import TraceError
 from vllm_trace.events import (
+    EVENT_TYPES,
     SCHEMA_VERSION,
     AnyEvent,
     EngineConfigured,
@@ -42,6 +44,7 @@ from vllm_trace.events import (
     SlotsRefused,
     StepScheduled,
     StepUpdated,
+    tag_of,
 )
 
 MAGIC = b"VTRACE\r\n"
@@ -58,7 +61,21 @@ SIZE = struct.Struct("<I")
 MAX_RAW = 64 * 1024 * 1024
 """A frame that claims more than this is damage, not data: it bounds a reader's memory."""
 
-decode_batch = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+Decode = Callable[[Any], list[Any]]
+
+decode_batch: Decode = msgspec.msgpack.Decoder(list[AnyEvent]).decode
+
+
+@functools.cache
+def decoder_without(*kinds: type[Event]) -> Decode:
+    """Like ``decode_batch``, for a reader that passes these kinds by: of each such event only its place is left."""
+    told = [one for one in EVENT_TYPES if one not in kinds]
+    silent = [
+        msgspec.defstruct(one.__name__, [], tag=tag_of(one), array_like=True, gc=False)
+        for one in kinds
+    ]
+    return msgspec.msgpack.Decoder(list[Union[tuple(told + silent)]]).decode  # type: ignore[misc]  # noqa: UP007
+
 
 #: What decoding hostile bytes can raise: text that is not UTF-8 and deep nesting have errors of their own.
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -176,17 +193,19 @@ class TraceFile:
             )
         return header
 
-    def batches(self) -> Iterator[list[Event]]:
+    def batches(self, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         """Yield the events of one flush after the other, holding one frame at a time.
+
+        ``decode`` may be one of ``decoder_without``.
 
         Raises: ``TraceError`` for damage in the middle; a missing end is no error but sets
         ``truncated``.
         """
         for raw in self.frames():
-            yield from self._decode_frame(raw)
+            yield from self._decode_frame(raw, decode)
         for body in self.tail():
             try:
-                batch = decode_batch(body)
+                batch = decode(body)
             except UNREADABLE:
                 return
             yield self._whole(batch)
@@ -264,14 +283,14 @@ class TraceFile:
         killed = self.footer.get("ended") == "killed"
         self.truncated = "the process was killed" if killed else ""
 
-    def _decode_frame(self, raw: bytes) -> Iterator[list[Event]]:
+    def _decode_frame(self, raw: bytes, decode: Decode = decode_batch) -> Iterator[list[Event]]:
         view, position = memoryview(raw), 0
         while position < len(raw):
             try:
                 (size,) = SIZE.unpack_from(view, position)
                 if size > len(raw) - position - 4:
                     raise struct.error(f"a batch claims {size} bytes")
-                batch = decode_batch(view[position + 4 : position + 4 + size])
+                batch = decode(view[position + 4 : position + 4 + size])
             except (struct.error, *UNREADABLE) as error:
                 raise TraceError(
                     f"{self.path} is damaged after event {self.num_events}: {error}"

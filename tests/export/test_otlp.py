@@ -175,6 +175,45 @@ def test_a_receiver_that_never_answers_is_given_up(protocol, monkeypatch):
     assert GIVE_UP == len(tried)  # of many more batches
 
 
+@pytest.mark.parametrize(
+    ("there", "asked", "said", "hint"),
+    [
+        ("grpc", "http/protobuf", "no answer of HTTP", "PROTOCOL=grpc"),
+        ("http/protobuf", "grpc", "HTTP/2", "PROTOCOL=http/protobuf"),
+        ("http/protobuf", "https", "WRONG_VERSION_NUMBER", "http://"),
+    ],
+)
+def test_a_receiver_of_another_sort_is_named(there, asked, said, hint, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", there if asked == "https" else asked)
+    inbox = Inbox()
+    with RECEIVERS[there](inbox) as url, pytest.raises(ExportError, match=said) as caught:
+        send(url.replace("http:", "https:") if asked == "https" else url)
+    assert hint in caught.value.hint
+    assert "ConnectionPool" not in str(caught.value) and "\\x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE"])
+@PROTOCOLS
+def test_a_certificate_that_cannot_be_read_is_said_before_anything_is_sent(
+    protocol, end, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+    monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{end}", str(tmp_path / "none.pem"))
+    with pytest.raises(UsageError, match=f"OTEL_EXPORTER_OTLP_{end}=.*No such file"):
+        send("https://127.0.0.1:4317")
+
+
+@pytest.mark.parametrize(
+    "words", ["127.0.0.1:4317", "localhost:4318", "[::1]:4317", "h:4318/v1/traces"]
+)
+def test_an_address_without_http_is_no_file(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="a receiver or a file") as caught:
+        send(words)
+    assert f"http://{words}" in caught.value.hint and [] == list(tmp_path.iterdir())
+
+
 def test_a_receiver_that_refuses_is_not_asked_again(monkeypatch):
     inbox = Inbox()
     inbox.refuse = grpc.StatusCode.PERMISSION_DENIED

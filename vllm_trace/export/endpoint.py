@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
@@ -24,8 +25,42 @@ class Endpoint:
     url: str
 
 
+_HOST_AND_PORT = re.compile(r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d+(/v1/traces)?/?")
+
+
 def is_url(text: str) -> bool:
+    """Whether it is a receiver's address, and no file.
+
+    Raises: ``UsageError`` for one without its beginning: nobody wants a file of that name.
+    """
+    if _HOST_AND_PORT.fullmatch(text):
+        raise UsageError(
+            f"{text!r} may be a receiver or a file",
+            hint=f"A receiver is http://{text}, and a file ./{text}",
+        )
     return "://" in text
+
+
+FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+"""Ends of the variables that name files."""
+
+
+def check_files(environ: Mapping[str, str] = os.environ) -> None:
+    """The exporters go on without a certificate that they cannot read, and say nothing of it.
+
+    Raises: ``UsageError`` for a file that cannot be read.
+    """
+    for end in FILES:
+        name = f"OTEL_EXPORTER_OTLP_TRACES_{end}"
+        if not environ.get(name):
+            name = f"OTEL_EXPORTER_OTLP_{end}"
+        if environ.get(name):
+            try:
+                open(environ[name], "rb").close()
+            except OSError as error:
+                raise UsageError(
+                    f"{name}={environ[name]} cannot be read: {error.strerror}"
+                ) from None
 
 
 def endpoint_of(url: str, environ: Mapping[str, str] = os.environ) -> Endpoint:

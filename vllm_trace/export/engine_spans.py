@@ -28,10 +28,10 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.export import attributes as a
+from vllm_trace.export.forms import STEP
 from vllm_trace.export.prefix import PrefixHistory
 from vllm_trace.export.request_spans import Life
-from vllm_trace.export.span import Resource, Span, SpanEvent, Traceparent
+from vllm_trace.export.span import Emit, Resource, SpanEvent, Traceparent
 from vllm_trace.export.step_log import StepLog
 from vllm_trace.export.step_spans import Step, StepIds, emit_step
 from vllm_trace.state import NULL_BLOCK
@@ -44,8 +44,14 @@ MAX_DECODE_STEPS = 1024
 LAG = 4
 """Steps whose results are in wait for so many later ones: a worker's facts may come after."""
 
+AT_ONCE = 16
+"""Steps that are emitted one after the other: looking after each step what can go costs more."""
+
 MAX_OPEN_STEPS = 256
 """Steps without results that are waited for."""
+
+MAX_LAYER_LISTS = 64
+"""Lists of layers whose groups are remembered; a model has one or two."""
 
 NAMES_KEPT = 4096
 """Names of finished requests that can still be somebody's taker."""
@@ -69,7 +75,7 @@ class Engine:
         resource: Resource,
         offset: int,
         light: bool,
-        emit: Callable[[Span], None],
+        emit: Emit,
         sampler: Sampler,
         *,
         host: str = "",
@@ -79,7 +85,7 @@ class Engine:
         lag: int = LAG,
     ) -> None:
         self.host = host
-        self.identity = identity
+        self.identity = "\0".join(map(str, identity))
         self.resource = resource
         self.offset = offset
         self.light, self.full = light, not light
@@ -108,11 +114,12 @@ class Engine:
         """Requests that decode in the steps that are going on."""
         self._batch_of: tuple[Any, Any] | None = None
         """The composition that ``_batch`` is of, when all of it decodes."""
-        self._decodes: deque[tuple[int, Life, bytes]] = deque()
-        """Open decodes, the oldest first."""
+        self._decodes: deque[tuple[int, int, bytes]] = deque()
+        """(place in the log, request, id) of decodes in the order in which they began; some have ended."""
         self._last_step = 0
         self._emitted_step = 0
         self._groups: dict[int, int] = {}
+        self._groups_of: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         self.late = 0
         """Facts of workers that came when their step had been emitted."""
 
@@ -130,9 +137,18 @@ class Engine:
             self.num_requests += 1
         return life
 
-    def group_of(self, layer: int) -> int:
-        """KV-cache group of a layer, by its number in the model; 0 when it is not known."""
-        return self._groups.get(layer, 0)
+    def groups_of(self, layers: list[int]) -> list[tuple[int, list[int]]]:
+        """(KV-cache group, places in ``layers`` of its own); a layer that is not known is in group 0."""
+        key = tuple(layers)
+        found = self._groups_of.get(key)
+        if found is None:
+            places: dict[int, list[int]] = {}
+            for place, layer in enumerate(layers):
+                places.setdefault(self._groups.get(layer, 0), []).append(place)
+            if len(self._groups_of) >= MAX_LAYER_LISTS:
+                self._groups_of.clear()
+            found = self._groups_of[key] = [*places.items()]
+        return found
 
     def sees(self, request_id: str) -> bool:
         """Whether a request of that name is here: a worker that knows it is one of this engine's."""
@@ -150,6 +166,7 @@ class Engine:
             for place, group in enumerate(event.groups)
             for name in group.layers
         }
+        self._groups_of.clear()
         self._free = event.num_blocks - 1
         self.last_ns = max(self.last_ns, event.at_ns)
 
@@ -165,10 +182,10 @@ class Engine:
         self.history.arrived(event)
 
     def looked_up(self, event: PrefixLookedUp) -> None:
-        miss = self.history.looked_up(event)
+        lookup = self.history.looked_up(event)
         life = self.lives.get(event.request)
         if life is not None:
-            life.lookup = (event, miss)
+            life.lookup = lookup
             life.num_lookups += 1
             life.goal = event.num_tokens
 
@@ -188,9 +205,11 @@ class Engine:
 
     def allocated(self, event: SlotsAllocated) -> None:
         request = event.request
-        self.history.took(request)
-        self._freed.clear()
+        if self._freed:
+            self._freed.clear()
         life = self.lives.get(request)
+        if self._evicted or life is None or life.lookup is not None:
+            self.history.took(request)
         if life is not None and event.num_hit_tokens:
             life.computed = event.num_hit_tokens
         self._pending.append((Life.allocate, request, (event, self._free, self._evicted)))
@@ -199,6 +218,7 @@ class Engine:
 
     def refused(self, event: SlotsRefused) -> None:
         self._refused = event.request
+        self.history.refused(event.request)
         self._pending.append((Life.refuse, event.request, event))
         self._free = event.num_free_blocks
 
@@ -232,7 +252,7 @@ class Engine:
     def step(self, number: int) -> Step:
         found = self.steps.get(number)
         if found is None:
-            found = self.steps[number] = Step(number, self.step_ids.link(number))
+            found = self.steps[number] = Step(number)
         return found
 
     def worked(self, process: Any, event: Any) -> None:
@@ -240,7 +260,13 @@ class Engine:
         if event.step <= self._emitted_step and event.step not in self.steps:
             self.late += 1
             return
-        self.step(event.step).parts.append((process, event))
+        step = self.step(event.step)
+        if step.parts is None:
+            step.parts = {}
+        told = step.parts.get(process)
+        if told is None:
+            told = step.parts[process] = []
+        told.append(event)
 
     def scheduled(self, event: StepScheduled) -> None:
         at = event.started_ns
@@ -262,45 +288,47 @@ class Engine:
             self._split_decodes(event)
 
     def _log(self, step: Step, event: StepScheduled) -> None:
-        made = SpanEvent(self.last_ns + self.offset, "step", {a.STEP: event.step})
+        made = SpanEvent(STEP, self.last_ns + self.offset, (event.step,))
         self.in_flight[event.step] = self.log.append(made)
 
     def _compose(self, step: Step, event: StepScheduled) -> None:
-        """A step unlike the one before: look at each of its requests."""
-        at, link = event.started_ns, step.link
-        before = self._batch
-        batch = self._batch = {}
-        joining: list[Life] = []
+        """A step unlike the one before: look at each request that did not decode in that."""
+        batch, chunks = self._batch, []
         requests, counts = event.requests or (), event.num_tokens or ()
+        num_staying = len(requests)
+        joining: list[Life] = []
         for place, request in enumerate(requests):
-            life = before.pop(request, None)
-            if life is None:
-                life = self._life(request, at)
-                if life.waiting:
-                    life.admit(at)
-                if not life.decode_id and self._computes_prompt(event, life, counts[place]):
-                    step.prefill_tokens += counts[place]
-                    step.chunks.append(life.schedule(event, place, counts[place], link))
-                    continue
+            if request in batch:
+                continue
+            num_staying -= 1
+            life = self._life(request, event.started_ns)
+            if life.waiting:
+                life.admit(event.started_ns)
+            if not life.decode_id and self._computes_prompt(event, life, counts[place]):
+                step.prefill_tokens += counts[place]
+                chunks.append(life.schedule(event, place, counts[place]))
+            else:
                 joining.append(life)
-            batch[request] = life
+        step.chunks = chunks
         step.decode_tokens = sum(counts) - step.prefill_tokens
         end = self.log.end
-        if batch:
-            self._log(step, event)
+        if len(batch) > num_staying:
+            for request in batch.keys() - requests:
+                batch.pop(request).leave_range(end)
         for life in joining:
             if not life.decode_id:
                 life.begin_decode(event)
-                self._decodes.append((end, life, life.decode_id))
+                self._decodes.append((end, life.number, life.decode_id))
             life.open = end
-        for life in before.values():
-            life.leave_range(end)
+            batch[life.number] = life
+        if batch:
+            self._log(step, event)
         whole = batch and not step.chunks
         self._batch_of = (event.requests, event.num_tokens) if whole else None
-        for request in (*event.new, *event.resumed, *event.preempted):
-            life = self.lives.get(request)
-            if life is not None and life.sampled:
-                step.links.append(life.link())
+        concerned = [*event.new, *event.resumed, *event.preempted]
+        if concerned:
+            lives = [self.lives[request] for request in concerned if request in self.lives]
+            step.links = [life.link() for life in lives if life.sampled]
 
     def _computes_prompt(self, event: StepScheduled, life: Life, count: int) -> bool:
         if self.full and life.goal:
@@ -314,19 +342,20 @@ class Engine:
         """Decodes that are long enough end before this step and begin anew with it."""
         end = self.log.end - 1 if self.in_flight.get(event.step) is not None else self.log.end
         while self._decodes:
-            begin, life, decode_id = self._decodes[0]
-            current = life.decode_id == decode_id
+            begin, number, decode_id = self._decodes[0]
+            life = self.lives.get(number)
+            current = life is not None and life.decode_id == decode_id
             if current and end - begin < self.max_steps - 1:
                 break
             self._decodes.popleft()
-            if current:
+            if life is not None and current:
                 going_on = life.open >= 0 and life.number in self._batch
                 life.leave_range(end)
                 life.end_decode()
                 life.begin_decode(event)
                 if going_on:
                     life.open = end
-                self._decodes.append((end, life, life.decode_id))
+                self._decodes.append((end, life.number, life.decode_id))
         self.log.forget(self._decodes[0][0] if self._decodes else end)
 
     # What waited for a time -----------------------------------------------------------
@@ -353,7 +382,7 @@ class Engine:
         if logged is not None:
             logged.at_ns, logged.wire = event.started_ns + self.offset, None
             if counts is not None:
-                logged.attributes[a.NUM_OUTPUT] = 1
+                logged.values = (event.step, 1)
         if step.scheduled is not None:
             if place is not None and counts is not None and counts.count(1) != len(counts):
                 self._note_exceptions(step, place, counts)
@@ -370,7 +399,10 @@ class Engine:
             self._settle(event.started_ns, end, event.step)
         if self._ending:
             self._finish_ending()
-        self._emit_steps(event.step)
+        if event.step > self._last_step:
+            self._last_step = event.step
+        if len(self.steps) >= self.lag + AT_ONCE:
+            self._emit_steps()
 
     def _gone_before(self, life: Life, results_ns: int) -> bool:
         """Whether it was aborted while the step ran: vLLM throws its results away."""
@@ -397,7 +429,7 @@ class Engine:
             if self._gone_before(life, end):
                 end, output = life.ended.at_ns, None if output is None else 0  # type: ignore[union-attr]
             life.end_chunk(chunk, end, output)
-        step.chunks = []
+        step.chunks = ()
 
     def _add_decode_steps(self, step: Step, event: StepUpdated, counts: Any) -> None:
         started = step.scheduled.started_ns  # type: ignore[union-attr]
@@ -414,22 +446,21 @@ class Engine:
             if life is not None:
                 life.token_ids += ids
 
-    def _emit_steps(self, done: int) -> None:
+    def _emit_steps(self) -> None:
         """Steps that have waited long enough for their workers' facts."""
-        self._last_step = max(self._last_step, done)
-        while self.steps:
-            oldest = next(iter(self.steps.values()))
-            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
+        for step in [*self.steps.values()]:
+            ready = step.updated is not None and self._last_step - step.number >= self.lag
             if not ready and len(self.steps) <= MAX_OPEN_STEPS:
                 return
-            self._emit_step(oldest)
+            self._emit_step(step)
 
     def _emit_step(self, step: Step) -> None:
         del self.steps[step.number]
         self._emitted_step = max(self._emitted_step, step.number)
         self.in_flight.pop(step.number, None)
-        if self.sampler(step.link.trace_id, None):
-            emit_step(step, self.step_ids, self)
+        trace_id = self.step_ids.trace_id(step.number)
+        if self.sampler(trace_id, None):
+            emit_step(step, trace_id, self)
 
     # Ends -----------------------------------------------------------------------------
 
@@ -468,8 +499,8 @@ class Engine:
             for chunk in step.chunks:
                 known = self.lives.get(chunk.life.number)
                 if known is not None and known is chunk.life:
-                    known.end_chunk(chunk, self.last_ns, None, **{a.INCOMPLETE: True})
-            step.chunks = []
+                    known.end_chunk(chunk, self.last_ns, None, True)
+            step.chunks = ()
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)
         for step in [*self.steps.values()]:

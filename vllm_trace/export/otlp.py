@@ -5,84 +5,29 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from vllm_trace import __version__
-from vllm_trace.export import Exported, ExportOptions, _write, exporter, wire
+from vllm_trace.export import Exported, ExportOptions, _write, exporter
+from vllm_trace.export.batcher import Batcher
 from vllm_trace.export.endpoint import endpoint_of, is_url, sampler_of
-from vllm_trace.export.span import Resource, Span
-from vllm_trace.export.spans import SpanFold, finished
+from vllm_trace.export.spans import SpanFold, read
 from vllm_trace.trace import Trace
-
-SCOPE = ("vllm_trace", __version__)
-MAX_SPANS = 512
-"""In a batch, as in the SDK's processor."""
-
-MAX_BYTES = 1 << 20
-"""In a batch, by a span more; gRPC receivers take 4 MiB unless told otherwise."""
 
 GIVE_UP = 2
 """Batches in a row that a receiver did not take."""
 
 
-class Batcher:
-    """Gathers spans until they are a batch: an export request as bytes."""
-
-    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        self.num_spans = 0
-        self._size = 0
-        self._spans: dict[int, tuple[Resource, list[bytes]]] = {}
-        self._extra = resource_from(environ)
-
-    def extend(self, found: list[Span]) -> Iterator[tuple[bytes, int]]:
-        """Take spans in; yields each batch that gets full: (bytes, number of spans)."""
-        encode, last = wire.span, None
-        room, size = MAX_SPANS - self.num_spans, self._size
-        pieces: list[bytes] = []
-        for span in found:
-            resource = span.resource
-            if resource is not last:
-                last = resource
-                pieces = self._spans.setdefault(id(resource), (resource, []))[1]
-            made = encode(span)
-            pieces.append(made)
-            room -= 1
-            size += len(made)
-            if not room or size >= MAX_BYTES:
-                self.num_spans = MAX_SPANS - room
-                yield self.take()
-                room, size, last = MAX_SPANS, 0, None
-        self.num_spans, self._size = MAX_SPANS - room, size
-
-    def take(self) -> tuple[bytes, int]:
-        """(bytes, number of spans) of the batch; a new one begins."""
-        data = wire.request(
-            wire.resource_spans(resource, SCOPE, made, self._extra)
-            for resource, made in self._spans.values()
-        )
-        count, self.num_spans, self._size = self.num_spans, 0, 0
-        self._spans = {}
-        return data, count
-
-
-def resource_from(environ: Mapping[str, str]) -> dict[str, Any]:
-    """What ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES`` say, by the SDK's reading of them."""
-    if not any(environ.get(name) for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES")):
-        return {}
-    from opentelemetry.sdk.resources import OTELResourceDetector
-
-    return dict(OTELResourceDetector().detect().attributes)
-
-
 def encoded(trace: Trace, fold: SpanFold) -> Iterator[tuple[bytes, int]]:
     """The trace's spans as export requests: (bytes, number of spans)."""
     batcher = Batcher()
+    fold.emit = batcher.add
     with fewer_collections():
-        for found in finished(trace, fold):
-            yield from batcher.extend(found)
-        if batcher.num_spans:
-            yield batcher.take()
+        for _ in read(trace, fold):
+            if batcher.full:
+                yield from batcher.take()
+        batcher.cut()
+        yield from batcher.take()
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ Each span is emitted when it is finished, children first, the root last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_trace.events import (
-    PrefixLookedUp,
     RequestArrived,
     RequestFinished,
     RequestPreempted,
@@ -19,19 +19,34 @@ from vllm_trace.events import (
     StepUpdated,
 )
 from vllm_trace.explain.cache import Miss
-from vllm_trace.export import attributes as a
-from vllm_trace.export.request_facts import arrival_facts
+from vllm_trace.export.forms import (
+    ABORT,
+    ALLOCATE,
+    DECODE,
+    DECODE_STEP,
+    FIRST_TOKEN,
+    FREE,
+    LLM_REQUEST,
+    PREEMPT,
+    PREFILL,
+    PREFIX_LOOKUP,
+    QUEUED,
+    REFUSED,
+    SCHEDULE,
+    TRACE_ENDED,
+)
+from vllm_trace.export.prefix import Lookup
+from vllm_trace.export.request_facts import arrival_facts, sampling_facts
 from vllm_trace.export.span import (
-    INTERNAL,
-    SERVER,
+    Form,
     Ids,
     Link,
-    Span,
     SpanEvent,
     Traceparent,
     hashed,
     read_traceparent,
 )
+from vllm_trace.export.step_log import LogEvents, Piece
 from vllm_trace.state import NULL_BLOCK
 
 MAX_IDS = 128
@@ -76,55 +91,56 @@ class Life:
         self.remote: Traceparent | None = None
         if arrival is not None and arrival.traceparent:
             self.remote = read_traceparent(arrival.traceparent)
-        made = hashed(*engine.identity, number, self.name, size=24)
+        made = hashed(engine.identity, number, self.name, size=24)
         self.trace_id = self.remote.trace_id if self.remote else made[:16]
         self.ids = Ids(int.from_bytes(made[16:], "big"))
         self.root_id = self.ids.at(0)
         self.sampled = engine.sampler(self.trace_id, self.remote)
         engine.num_unsampled += not self.sampled
-        # Where it stands.
-        self.waiting = True
         self.queued_since = at_ns
-        self.resumed = False
-        self.computed = 0
         self.goal = arrival.num_prompt_tokens if arrival is not None else 0
         """Tokens to compute before it decodes."""
         self.parent = self.root_id
         """Of the spans of calls in the current step."""
-        self.parent_step = -1
-        self.lookup: tuple[PrefixLookedUp, Miss] | None = None
-        self.num_lookups = 0
         self.refused: list[SpanEvent] = []
-        self.num_refused = 0
-        self.ended: RequestFinished | None = None
-        # The decode that is going on.
-        self.decode_id = b""
-        self.open = -1
-        """Place in the log where its current range began; -1 when it is in no range."""
         self.ranges: list[tuple[int, int]] = []
-        self.decode_ns = 0
         self.exceptions: dict[int, int] = {}
         """Place in the log → tokens, where it was not one."""
         self.refused_running: list[SpanEvent] = []
         self.root_events: list[SpanEvent] = []
-        self.num_new_blocks = 0
-        # In all.
-        self.num_output = 0
-        self.num_hit: int | None = None
-        self.num_chunks = self.num_steps = self.num_preemptions = self.num_refusals = 0
-        self.queued_ns = 0
-        self.first_token_ns = 0
-        self.last_chunk_ns = 0
         self.token_ids: list[int] = []
+
+    # Where it stands.
+    waiting = True
+    resumed = False
+    computed = 0
+    parent_step = -1
+    lookup: Lookup | None = None
+    num_lookups = 0
+    num_refused = 0
+    ended: RequestFinished | None = None
+    # The decode that is going on.
+    decode_id = b""
+    open = -1
+    """Place in the log where its current range began; -1 when it is in no range."""
+    decode_ns = 0
+    num_new_blocks = 0
+    # In all.
+    num_output = 0
+    num_hit: int | None = None
+    num_chunks = num_steps = num_preemptions = num_refusals = 0
+    queued_ns = 0
+    first_token_ns = 0
+    last_chunk_ns = 0
 
     # Spans ----------------------------------------------------------------------------
 
     def add(
         self,
-        name: str,
+        form: Form,
         start_ns: int,
         end_ns: int,
-        attributes: dict[str, Any],
+        values: tuple[Any, ...],
         parent: bytes = b"",
         span_id: bytes = b"",
         events: Any = (),
@@ -144,26 +160,23 @@ class Life:
             engine = self.engine
             offset = engine.offset
             engine.emit(
-                Span(
-                    self.trace_id, span_id, parent or self.root_id, name, start_ns + offset,
-                    end_ns + offset, engine.resource, attributes, INTERNAL, events, links, "", False,
-                    dropped,
-                )
+                engine.resource, form, self.trace_id, span_id, parent or self.root_id,
+                start_ns + offset, end_ns + offset, values, events, links, "", False, dropped,
             )  # fmt: skip
         return span_id
 
     def link(self) -> Link:
         return Link(self.trace_id, self.root_id)
 
-    def event(self, name: str, at_ns: int, attributes: dict[str, Any]) -> SpanEvent:
-        return SpanEvent(at_ns + self.engine.offset, name, attributes)
+    def event(self, form: Form, at_ns: int, values: tuple[Any, ...] = ()) -> SpanEvent:
+        return SpanEvent(form, at_ns + self.engine.offset, values)
 
     # Waiting --------------------------------------------------------------------------
 
     def refuse(self, event: SlotsRefused, step: int, at_ns: int) -> None:
         """``allocate_slots`` said no."""
-        facts = {a.STEP: step, a.FREE_AFTER: event.num_free_blocks, a.NUM_HIT: event.num_hit_tokens}
-        made = self.event("refused", at_ns, facts)
+        values = (step, event.num_free_blocks, event.num_hit_tokens)
+        made = self.event(REFUSED, at_ns, values)
         self.num_refusals += 1
         if not self.waiting:
             if len(self.refused_running) < MAX_REFUSALS:
@@ -175,18 +188,15 @@ class Life:
 
     def admit(self, at_ns: int) -> None:
         """It waits no longer."""
-        self._end_wait(at_ns, {})
+        self._end_wait(at_ns)
 
-    def _end_wait(self, at_ns: int, facts: dict[str, Any]) -> None:
+    def _end_wait(self, at_ns: int, incomplete: bool | None = None) -> None:
         self.waiting = False
         if self.arrival is None and not self.resumed:
             return
-        if self.num_refused:
-            facts[a.NUM_REFUSALS] = self.num_refused
-        if self.resumed:
-            facts[a.RESUMED] = True
+        values = (self.num_refused or None, self.resumed or None, incomplete)
         self.add(
-            "queued", self.queued_since, at_ns, facts, events=self.refused,
+            QUEUED, self.queued_since, at_ns, values, events=self.refused,
             dropped=self.num_refused - len(self.refused),
         )  # fmt: skip
         self.queued_ns += max(0, at_ns - self.queued_since)
@@ -194,19 +204,14 @@ class Life:
 
     # Computing the prompt -------------------------------------------------------------
 
-    def schedule(self, plan: StepScheduled, place: int, count: int, link: Link) -> Chunk:
+    def schedule(self, plan: StepScheduled, place: int, count: int) -> Chunk:
         """A step gives it ``count`` tokens of the prompt."""
-        facts = {
-            a.STEP: plan.step,
-            a.NUM_TOKENS: count,
-            a.NUM_COMPUTED: self.computed,
-            a.NUM_RUNNING: plan.num_running,
-            a.NUM_WAITING: plan.num_waiting,
-        }
-        if plan.resumed and self.number in plan.resumed:
-            facts[a.RESUMED] = True
+        resumed = self.number in plan.resumed or None
+        queues = (plan.num_running, plan.num_waiting, resumed)
+        values = (plan.step, count, self.computed, queues)
         end = plan.started_ns + plan.dur_ns
-        self.parent = self.add("schedule", plan.started_ns, end, facts, links=(link,))
+        link = self.engine.step_ids.link(plan.step)
+        self.parent = self.add(SCHEDULE, plan.started_ns, end, values, links=(link,))
         self.parent_step = plan.step
         self.num_chunks += 1
         self.num_steps += 1
@@ -214,46 +219,42 @@ class Life:
         self.computed += count
         return chunk
 
-    def end_chunk(self, chunk: Chunk, end_ns: int, output: int | None, **more: Any) -> None:
+    def end_chunk(
+        self, chunk: Chunk, end_ns: int, output: int | None, incomplete: bool | None = None
+    ) -> None:
         """The results of a chunk are in."""
-        facts = {a.STEP: chunk.step, a.NUM_TOKENS: chunk.count, a.NUM_COMPUTED: chunk.before} | more
+        values = (chunk.step, chunk.count, chunk.before, output, incomplete)
         if output is not None:
-            facts[a.NUM_OUTPUT] = output
             self.num_output += output
             if output and not self.first_token_ns:
                 self.first_token_ns = end_ns
         link = self.engine.step_ids.link(chunk.step)
-        self.add("prefill", chunk.started_ns, end_ns, facts, links=(link,))
+        self.add(PREFILL, chunk.started_ns, end_ns, values, links=(link,))
         self.last_chunk_ns = end_ns
 
     # Calls of the KV-cache manager ----------------------------------------------------
 
-    def call_parent(self, step: int) -> bytes:
-        """The span that stands for what the current step does for this request."""
-        if self.parent_step == step:
-            return self.parent
-        return self.decode_id or self.root_id
-
     def look_up(self, step: int, at_ns: int) -> None:
         """What the prefix cache had when it was admitted."""
         assert self.lookup is not None
-        (event, miss), self.lookup = self.lookup, None
-        config = self.engine.history.config
-        facts: dict[str, Any] = {
-            a.MATCHED: event.num_hit_tokens,
-            a.REASON: miss.cause,
-            a.NUM_LOOKUPS: self.num_lookups,
-        }
+        event, miss, self.lookup = self.lookup.event, self.lookup.miss, None
+        if miss is None:  # its call was refused, and another succeeded without a lookup
+            miss = Miss("unknown", 0, 0)
+        config, expected = self.engine.history.config, None
         if config is not None:
             unit = config.block_size
             caching = config.settings.get("enable_prefix_caching", True)
-            facts[a.EXPECTED] = (event.num_tokens - 1) // unit * unit if caching else 0
-        if miss.index >= 0:
-            facts[a.MISSING_BLOCK] = miss.index
-        if miss.taker >= 0:
-            facts[a.EVICTED_BY] = self.engine.name_of(miss.taker)
+            expected = (event.num_tokens - 1) // unit * unit if caching else 0
+        values = (
+            event.num_hit_tokens,
+            expected,
+            (miss.cause, self.num_lookups),
+            miss.index if miss.index >= 0 else None,
+            self.engine.name_of(miss.taker) if miss.taker >= 0 else None,
+        )
         self.num_lookups = 0
-        self.add("prefix_lookup", at_ns, at_ns, facts, self.call_parent(step))
+        parent = self.parent if self.parent_step == step else self.decode_id
+        self.add(PREFIX_LOOKUP, at_ns, at_ns, values, parent)
 
     def allocate(self, told: tuple[SlotsAllocated, int | None, int], step: int, at_ns: int) -> None:
         """It got blocks. ``told``: the event, free blocks before it, blocks evicted for it."""
@@ -265,51 +266,38 @@ class Life:
             at_ns += 1
         blocks = event.blocks
         new = blocks[0] if len(blocks) == 1 else [b for row in blocks for b in row]
-        facts: dict[str, Any] = {
-            a.NUM_NEW_BLOCKS: len(new),
-            a.NEW_BLOCKS: tuple(new[:MAX_IDS] if len(new) > MAX_IDS else new),
-            a.FREE_AFTER: event.num_free_blocks,
-        }
-        if before is not None:
-            facts[a.FREE_BEFORE] = before
-        if evicted:
-            facts[a.NUM_EVICTED] = evicted
-        if event.num_hit_tokens:
-            facts[a.NUM_HIT] = event.num_hit_tokens
-            hits = [block for row in event.hit_blocks for block in row if block != NULL_BLOCK]
-            facts[a.HIT_BLOCKS] = tuple(hits[:MAX_IDS])
+        ids = tuple(new if len(new) <= MAX_IDS else new[:MAX_IDS])
+        values: tuple[Any, ...] = (len(new), ids, event.num_free_blocks, before)
+        if evicted or event.num_hit_tokens:
+            values += (evicted or None, *self._hits(event))
         if self.decode_id:
             self.num_new_blocks += len(new)
-        self.add("allocate", at_ns, at_ns, facts, self.call_parent(step))
+        parent = self.parent if self.parent_step == step else self.decode_id
+        self.add(ALLOCATE, at_ns, at_ns, values, parent)
+
+    @staticmethod
+    def _hits(event: SlotsAllocated) -> tuple[int, tuple[int, ...]] | tuple[()]:
+        if not event.num_hit_tokens:
+            return ()
+        hits = [block for row in event.hit_blocks for block in row if block != NULL_BLOCK]
+        return event.num_hit_tokens, tuple(hits[:MAX_IDS])
 
     def free(self, told: tuple[list[int], int, Any, Any], step: int, at_ns: int) -> None:
         """Its blocks went back. ``told``: they, how many others hold, free blocks before and after."""
         blocks, held, before, after = told
-        facts: dict[str, Any] = {
-            a.NUM_FREED: len(blocks),
-            a.FREED_BLOCKS: tuple(blocks[:MAX_IDS]),
-            a.NUM_SHARED: held,
-        }
-        if before is not None and after is not None:
-            facts[a.FREE_BEFORE], facts[a.FREE_AFTER] = before, after
-        self.add("free", at_ns, at_ns, facts)
+        if before is None or after is None:
+            before = after = None
+        self.add(FREE, at_ns, at_ns, (len(blocks), tuple(blocks[:MAX_IDS]), held, before, after))
 
     def preempt(self, told: tuple[RequestPreempted, str], step: int, at_ns: int) -> None:
         """It waits again, from now on. ``told``: the event, and for whom it gave way."""
         event, cause = told
-        facts: dict[str, Any] = {
-            a.NUM_COMPUTED: event.num_computed_tokens,
-            a.FREE_AFTER: event.num_free_blocks,
-        }
-        if step:
-            facts[a.STEP] = step
-        if cause:
-            facts[a.CAUSED_BY] = cause
+        values = (step or None, event.num_computed_tokens, event.num_free_blocks, cause or None)
         self.num_preemptions += 1
         # Refused in this very call, and itself the one to give way.
         self.root_events += self.refused_running + self.refused
         self.refused, self.refused_running, self.num_refused = [], [], 0
-        self.add("preempt", at_ns, at_ns, facts)
+        self.add(PREEMPT, at_ns, at_ns, values)
         self.queued_since = at_ns
 
     # Decoding -------------------------------------------------------------------------
@@ -329,116 +317,129 @@ class Life:
                 self.ranges.append((self.open, end))
             self.open = -1
 
-    def end_decode(self, end_ns: int = 0, **more: Any) -> None:
+    def end_decode(self, end_ns: int = 0, incomplete: bool | None = None) -> None:
         """Emit the decode that was going on; ``end_ns`` where its last step was cut short."""
         if not self.decode_id:
             return
-        log = self.engine.log
-        self.leave_range(log.end)
-        events: list[SpanEvent] = []
-        tokens: int | None = 0
-        latest = end_ns or self.engine.last_ns
-        for begin, end in self.ranges:
-            part, count = self._events_of(begin, end, latest)
-            events += part
-            tokens = None if tokens is None or count is None else tokens + count
-        if tokens is not None and self.engine.full:
-            more[a.NUM_OUTPUT] = tokens
+        engine = self.engine
+        self.leave_range(engine.log.end)
+        pieces: list[Piece] = []
+        tokens = 0
+        latest = end_ns or engine.last_ns
+        for begin, last in self.ranges:
+            tokens += self._add_pieces(pieces, begin, last, latest)
+        events: Sequence[SpanEvent] = LogEvents(engine.log, pieces)
+        if engine.full:
             self.num_output += tokens
         links: tuple[Link, ...] = ()
-        offset = self.engine.offset
-        end = self.decode_ns
-        if events:
-            first, last = events[0].attributes[a.STEP], events[-1].attributes[a.STEP]
-            more |= {a.NUM_STEPS: len(events), a.FIRST_STEP: first, a.LAST_STEP: last}
-            step_ids = self.engine.step_ids
-            links = (step_ids.link(first),)
-            if last != first:
-                links += (step_ids.link(last),)
-            end = max(end, events[-1].at_ns - offset)
+        end, count = self.decode_ns, len(events)
+        first_step = last_step = None
+        if count:
+            first_step, last_step = events[0].values[0], events[-1].values[0]
+            links = (engine.step_ids.link(first_step),)
+            if last_step != first_step:
+                links += (engine.step_ids.link(last_step),)
+            end = max(end, events[-1].at_ns - engine.offset)
         end = end_ns or end
-        self.num_steps += len(events)
-        if self.num_new_blocks:
-            more[a.NUM_NEW_BLOCKS] = self.num_new_blocks
+        self.num_steps += count
+        values = (
+            tokens if engine.full else None, count or None, first_step, last_step,
+            self.num_new_blocks or None, incomplete,
+        )  # fmt: skip
         if self.refused_running:
-            within = [event for event in self.refused_running if event.at_ns <= end + offset]
-            self.refused_running = self.refused_running[len(within) :]
-            events = sorted([*events, *within], key=lambda event: event.at_ns)
+            events = self._with_refusals(events, end + engine.offset)
         self.add(
-            "decode", self.decode_ns, end, more, span_id=self.decode_id,
+            DECODE, self.decode_ns, end, values, span_id=self.decode_id,
             events=events, links=links,
         )  # fmt: skip
         self.decode_id, self.ranges, self.exceptions = b"", [], {}
 
-    def _events_of(self, begin: int, end: int, latest: int) -> tuple[list[SpanEvent], int | None]:
-        """Events of a range and the tokens they brought; the shared ones where each got one.
+    def _with_refusals(self, events: Sequence[SpanEvent], until: int) -> list[SpanEvent]:
+        """The refusals of a decode among its steps, in the order of time; later ones still wait."""
+        within = [event for event in self.refused_running if event.at_ns <= until]
+        self.refused_running = self.refused_running[len(within) :]
+        return sorted([*events, *within], key=lambda event: event.at_ns)
 
-        A step whose results are not in brought none, as far as this request is concerned.
+    def _add_pieces(self, pieces: list[Piece], begin: int, end: int, latest: int) -> int:
+        """Add a range of the log as it is, and events of its own where it did not get one token.
+
+        A step whose results are not in brought none, as far as this request is concerned. Returns
+        the tokens that the range brought.
         """
-        engine = self.engine
-        events = engine.log.slice(begin, end)
+        engine, log = self.engine, self.engine.log
+        own: dict[int, SpanEvent] = {}
+        tokens, later = end - begin, False
         for place in engine.in_flight.values():
             if begin <= place < end:
                 self.exceptions.setdefault(place, 0)
-                facts = events[place - begin].attributes
-                events[place - begin] = SpanEvent(latest + engine.offset, "step", facts)
-        if not engine.full:
-            return events, None
-        tokens = len(events)
-        for place, count in self.exceptions.items():
-            if begin <= place < end:
-                shared = events[place - begin]
-                facts = shared.attributes | {a.NUM_OUTPUT: count}
-                events[place - begin] = SpanEvent(shared.at_ns, shared.name, facts)
-                tokens += count - 1
-        return events, tokens
+                shared = log.at(place)
+                own[place] = SpanEvent(shared.form, latest + engine.offset, shared.values)
+            elif place < begin:
+                later = True
+        if engine.full:
+            for place, count in self.exceptions.items():
+                if begin <= place < end:
+                    shared = own.get(place) or log.at(place)
+                    values = (shared.values[0], count)
+                    own[place] = SpanEvent(shared.form, shared.at_ns, values)
+                    tokens += count - 1
+        if later:  # a step before this range still changes: the log cannot be taken as it is
+            for place in range(begin, end):
+                own.setdefault(place, log.at(place))
+        for place in sorted(own):
+            if begin < place:
+                pieces.append((begin, place))
+            pieces.append(own[place])
+            begin = place + 1
+        if begin < end:
+            pieces.append((begin, end))
+        return tokens
 
     def add_decode_step(self, started: int, updated: StepUpdated, count: int | None) -> None:
         """With ``--detail``: a span for one step of the decode."""
-        facts: dict[str, Any] = {a.STEP: updated.step}
-        if count is not None:
-            facts[a.NUM_OUTPUT] = count
         link = self.engine.step_ids.link(updated.step)
         end = updated.started_ns
         if self.ended is not None:
             end = min(end, self.ended.at_ns)
-        self.add("decode_step", started, end, facts, parent=self.decode_id, links=(link,))
+        values = (updated.step, count)
+        self.add(DECODE_STEP, started, end, values, parent=self.decode_id, links=(link,))
 
     # The root -------------------------------------------------------------------------
 
     def finish(self, last_ns: int = 0) -> None:
         """Emit what is open and the root. ``last_ns``: the trace ended here, and not the request."""
-        end = self.ended.at_ns if self.ended is not None else max(last_ns, self.started_ns)
-        more: dict[str, Any] = {} if self.ended is not None else {a.INCOMPLETE: True}
+        ended = self.ended
+        end = ended.at_ns if ended is not None else max(last_ns, self.started_ns)
+        incomplete = None if ended is not None else True
         if self.waiting:
-            self._end_wait(end, dict(more))
-        self.end_decode(end, **more)
+            self._end_wait(end, incomplete)
+        self.end_decode(end, incomplete)
+        if not self.sampled:
+            return
         end = max(end, self.latest_ns)
-        start = self._root_start()
+        start, first_token = self._root_start(), None
         events = self.root_events + self.refused_running
         if self.first_token_ns:
             at = min(self.first_token_ns, end)
-            more[a.TTFT_NS] = at - start
-            events.append(self.event("first_token", at, {}))
-        reason = self.ended.reason if self.ended is not None else ""
+            first_token = at - start
+            events.append(self.event(FIRST_TOKEN, at))
+        reason = ended.reason if ended is not None else ""
         if reason == "abort":
-            events.append(self.event("abort", end, {}))
-        if self.ended is None:
-            events.append(self.event("trace_ended", end, {}))
+            events.append(self.event(ABORT, end))
+        if ended is None:
+            events.append(self.event(TRACE_ENDED, end))
         if self.arrival is None:
-            more[a.INCOMPLETE] = True
-        if not self.sampled:
-            return
-        offset = self.engine.offset
-        self.engine.emit(
-            Span(
-                self.trace_id, self.root_id, self.remote.span_id if self.remote else b"",
-                "llm_request", start + offset, end + offset, self.engine.resource,
-                self._root_facts(more, reason), kind=SERVER,
-                events=sorted(events, key=lambda event: event.at_ns),
-                error=f"the request ended with {reason!r}" if reason in FAILED else "",
-                remote_parent=self.remote is not None,
-            )
+            incomplete = True
+        if len(events) > 1:
+            events.sort(key=lambda event: event.at_ns)
+        engine = self.engine
+        offset = engine.offset
+        engine.emit(
+            engine.resource, LLM_REQUEST, self.trace_id, self.root_id,
+            self.remote.span_id if self.remote else b"", start + offset, end + offset,
+            self._root_values(reason, first_token, incomplete), events, (),
+            f"the request ended with {reason!r}" if reason in FAILED else "",
+            self.remote is not None,
         )  # fmt: skip
 
     def _root_start(self) -> int:
@@ -449,40 +450,34 @@ class Life:
         plausible = 0 <= self.started_ns - taken <= FRONT_END_S * 10**9
         return taken if plausible else self.started_ns
 
-    def _root_facts(self, more: dict[str, Any], reason: str) -> dict[str, Any]:
+    def _root_values(
+        self, reason: str, first_token: int | None, incomplete: bool | None
+    ) -> tuple[Any, ...]:
+        engine, arrival, ended = self.engine, self.arrival, self.ended
+        config = engine.history.config
+        model = str(config.settings.get("model") or "") if config is not None else ""
         chat = self.name.startswith("chatcmpl-")
-        facts: dict[str, Any] = {
-            a.OPERATION: "chat" if chat else "text_completion",
-            a.PROVIDER: "vllm",
-            a.REQUEST_ID: self.name or f"#{self.number}",
-            a.REQUEST_NUMBER: self.number,
-        }
-        config = self.engine.history.config
-        if config is not None and config.settings.get("model"):
-            facts[a.REQUEST_MODEL] = facts[a.RESPONSE_MODEL] = str(config.settings["model"])
-        if self.arrival is not None:
-            facts |= arrival_facts(self.arrival, bool(self.remote))
-        if reason:
-            facts[a.FINISH_REASONS] = (reason,)
-        if reason in FAILED:
-            facts[a.ERROR_TYPE] = reason
-        if self.num_hit is not None:
-            facts[a.CACHE_READ] = self.num_hit
-        output = self.ended.num_output_tokens if self.ended is not None else self.num_output
-        if self.ended is not None or self.engine.full:
-            facts[a.OUTPUT_TOKENS] = output
-        preemptions = self.num_preemptions
-        if self.ended is not None:
-            preemptions = self.ended.num_preemptions
-        facts |= {
-            a.NUM_PREEMPTIONS: preemptions,
-            a.NUM_CHUNKS: self.num_chunks,
-            a.NUM_STEPS: self.num_steps,
-            a.QUEUED_NS: self.queued_ns,
-        }
-        if self.engine.full:
-            facts[a.NUM_REFUSALS] = self.num_refusals
-        if self.engine.tokens and self.arrival is not None and self.arrival.token_ids is not None:
-            facts[a.PROMPT_TOKEN_IDS] = tuple(self.arrival.token_ids)
-            facts[a.OUTPUT_TOKEN_IDS] = tuple(self.token_ids)
-        return facts | more
+        finish = ((reason,) if reason else None, reason if reason in FAILED else None)
+        output, preemptions = self.num_output, self.num_preemptions
+        if ended is not None:
+            output, preemptions = ended.num_output_tokens, ended.num_preemptions
+        prompt_ids = output_ids = None
+        if engine.tokens and arrival is not None and arrival.token_ids is not None:
+            prompt_ids, output_ids = tuple(arrival.token_ids), tuple(self.token_ids)
+        return (
+            ("chat" if chat else "text_completion", "vllm", model or None, model or None),
+            self.name or f"#{self.number}",
+            self.number,
+            arrival.num_prompt_tokens if arrival is not None else None,
+            sampling_facts(arrival),
+            (*arrival_facts(arrival, bool(self.remote)), *finish),
+            self.num_hit,
+            output if ended is not None or engine.full else None,
+            (preemptions, self.num_chunks, self.num_refusals if engine.full else None),
+            self.num_steps,
+            self.queued_ns,
+            first_token,
+            incomplete,
+            prompt_ids,
+            output_ids,
+        )

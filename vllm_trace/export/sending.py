@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import requests
+
+# gRPC's own log says in more lines what our message says, and looks at this once, as it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as grpc_exporter
 from opentelemetry.exporter.otlp.proto.http import trace_exporter as http_exporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -24,7 +29,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 
 from vllm_trace.errors import UsageError
 from vllm_trace.export import ExportError
-from vllm_trace.export.endpoint import Endpoint
+from vllm_trace.export.endpoint import Endpoint, check_files
 
 SILENCED = ("opentelemetry.exporter", "opentelemetry.sdk", "urllib3")
 """Loggers that say the same as our message, in more lines."""
@@ -129,8 +134,8 @@ class _Session(requests.Session):
             kwargs.setdefault("verify", self.verify)
         try:
             response = super().request(*args, **kwargs)
-        except requests.RequestException as error:
-            self.answers.reason = f"{type(error).__name__}: {error}"[:300]
+        except Exception as error:  # also of files, which are no errors of ``requests``
+            self.answers.reason = f"{type(error).__name__}: {_innermost(error)}"[:300]
             raise
         kind = response.headers.get("content-type", "").partition(";")[0].strip()
         if not response.ok:
@@ -147,6 +152,29 @@ class _Session(requests.Session):
             except Exception:
                 self.answers.foreign = "the answer cannot be read as OTLP"
         return response
+
+
+def _innermost(error: Exception) -> str:
+    """What happened, without the pools and retries that it happened in."""
+    inner: Any = error
+    while inner.args and isinstance(getattr(inner.args[0], "reason", inner.args[0]), Exception):
+        inner = getattr(inner.args[0], "reason", inner.args[0])
+    said = re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", str(inner))
+    return "no answer of HTTP" if "BadStatusLine" in repr(error) else said
+
+
+HINTS = {
+    "Failed parsing HTTP/2": "It does not speak gRPC. For HTTP: OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf",
+    "no answer of HTTP": "It does not speak HTTP. For gRPC: OTEL_EXPORTER_OTLP_PROTOCOL=grpc",
+    "WRONG_VERSION_NUMBER": "It does not speak TLS: is its URL http://…?",
+    "Socket closed": "Does it want TLS (https://…)?",
+    "CERTIFICATE_VERIFY_FAILED": "OTEL_EXPORTER_OTLP_CERTIFICATE names the file of who vouches for it",
+    "UNAUTHENTICATED": "OTEL_EXPORTER_OTLP_HEADERS says who you are: authorization=Bearer%20…",
+    "PERMISSION_DENIED": "OTEL_EXPORTER_OTLP_HEADERS says who you are: authorization=Bearer%20…",
+    "HTTP 401": "OTEL_EXPORTER_OTLP_HEADERS says who you are: authorization=Bearer%20…",
+    "HTTP 403": "OTEL_EXPORTER_OTLP_HEADERS says who you are: authorization=Bearer%20…",
+}
+"""Words of a reason → what to do."""
 
 
 @dataclass
@@ -179,6 +207,7 @@ class Sender:
     """
 
     def __init__(self, endpoint: Endpoint, environ: Mapping[str, str] = os.environ) -> None:
+        check_files(environ)
         self.endpoint = endpoint
         self.answers = Answers()
         for name in SILENCED:
@@ -193,7 +222,6 @@ class Sender:
 
     def _make(self) -> Any:
         if self.endpoint.protocol == "grpc":
-            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             _let_batches_through(grpc_exporter)
             return _GrpcExporter(self.answers, endpoint=self.endpoint.url)
         _let_batches_through(http_exporter)
@@ -225,7 +253,8 @@ class Sender:
 
 def undelivered(delivered: Delivered, url: str) -> ExportError:
     """The error when nothing at all arrived."""
-    return ExportError(
-        f"nothing was delivered to {url}: {delivered.text}",
-        hint="Is the receiver there, and is this its OTLP port (4317 gRPC, 4318 HTTP)?",
-    )
+    hint = "Is the receiver there, and is this its OTLP port (4317 gRPC, 4318 HTTP)?"
+    for words, better in HINTS.items():
+        if words in delivered.text:
+            hint = better
+    return ExportError(f"nothing was delivered to {url}: {delivered.text}", hint=hint)

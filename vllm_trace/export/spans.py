@@ -22,9 +22,12 @@ from vllm_trace.events import (
     BlocksTaken,
     BlocksTouched,
     EngineConfigured,
+    EngineStopped,
     Event,
+    KVEventsTaken,
     PrefixCacheReset,
     PrefixLookedUp,
+    ProbeFailed,
     RequestArrived,
     RequestFinished,
     RequestFreed,
@@ -41,9 +44,9 @@ from vllm_trace.events import (
 )
 from vllm_trace.export import attributes as a
 from vllm_trace.export.engine_spans import LAG, MAX_DECODE_STEPS, Engine, Sampler, layer_index
-from vllm_trace.export.span import Resource, Span, Traceparent
+from vllm_trace.export.span import Emit, Resource, Span, Traceparent
 from vllm_trace.trace import Trace, time_of
-from vllm_trace.tracefile import TraceFile
+from vllm_trace.tracefile import TraceFile, decoder_without
 
 MAX_EARLY = 4096
 """Facts of a worker that are kept until its engine is known."""
@@ -103,18 +106,21 @@ def _resource_of(header: dict[str, Any], host: str) -> dict[str, Any]:
 
 
 class SpanFold:
-    """Spans of a trace from its batches; finished ones wait in ``made``."""
+    """Spans of a trace from its batches. Finished ones go to ``emit``, or wait in ``made``."""
 
     def __init__(
         self,
         sampler: Sampler = every_trace,
         *,
+        emit: Emit | None = None,
         detail: bool = False,
         tokens: bool = False,
         max_steps: int = MAX_DECODE_STEPS,
         lag: int = LAG,
     ) -> None:
         self.made: list[Span] = []
+        self.emit: Emit = emit or self._keep
+        """Gets each finished span; of engines that are not known yet it can still be changed."""
         self.engines: list[Engine] = []
         self.num_events = 0
         self.processes: list[Process] = []
@@ -156,8 +162,6 @@ class SpanFold:
                 if engine is None:
                     engine = self._new_engine(process)
                 method(engine, event)
-            elif kind in _LEFT_OUT:
-                continue
             elif kind in _WORKER:
                 home = engine or process.home or self._home_of(process)
                 if home is None:
@@ -173,6 +177,11 @@ class SpanFold:
                 self._configured(process, event)
             elif kind is RequestSeen and process.home is None and engine is None:
                 self._find_home(process, event.request_id)
+
+    def _keep(self, *fields: Any) -> None:
+        span = Span(*fields)
+        span.events = [*span.events]  # the log that they may lie in goes on
+        self.made.append(span)
 
     def take(self) -> list[Span]:
         """The spans that are finished, each once."""
@@ -199,7 +208,7 @@ class SpanFold:
     def _new_engine(self, process: Process) -> Engine:
         light = process.header.get("level") == "light"
         engine = Engine(
-            process.identity, process.resource, process.offset, light, self.made.append,
+            process.identity, process.resource, process.offset, light, self.emit,
             self._sampler, host=process.host, **self._options,
         )  # fmt: skip
         process.engine = engine
@@ -248,36 +257,39 @@ _ENGINE: dict[type, Callable[[Engine, Any], None]] = {
     StepScheduled: Engine.scheduled,
     StepUpdated: Engine.updated,
 }
-_LEFT_OUT = frozenset((BlocksTaken, BlocksTouched, TableRowChanged, SlotsMapped))
+_LEFT_OUT = (
+    BlocksTaken, BlocksTouched, TableRowChanged, SlotsMapped, ProbeFailed, KVEventsTaken, EngineStopped,
+)  # fmt: skip
+_decode = decoder_without(*_LEFT_OUT)
 _WORKER = frozenset((StepExecuted, StepSampled, AttentionPlanned, AttentionCalled))
 
 
 def spans(trace: Trace, fold: SpanFold | None = None) -> Iterator[Span]:
     """Every span of a trace, children before their root."""
-    for found in finished(trace, fold or SpanFold()):
-        yield from found
+    fold = fold or SpanFold()
+    for _ in read(trace, fold):
+        yield from fold.take()
 
 
-def finished(trace: Trace, fold: SpanFold) -> Iterator[list[Span]]:
-    """The same as they are finished, some at a time."""
+def read(trace: Trace, fold: SpanFold) -> Iterator[None]:
+    """Feed the fold with the whole trace, and stop now and then for what it has emitted."""
     processes = [fold.open(file.header) for file in trace.files]
     for index, events in batches(trace.files):
         fold.feed(processes[index], events)
-        if len(fold.made) >= 64:
-            yield fold.take()
+        yield
     fold.end()
-    yield fold.take()
+    yield
 
 
 def batches(files: list[TraceFile]) -> Iterator[tuple[int, list[Event]]]:
     """(file, events) of all files, merged by when each batch began; one batch of each is held."""
     if len(files) == 1:
-        for events in files[0].batches():
+        for events in files[0].batches(_decode):
             yield 0, events
         return
     heap: list[tuple[int, int, list[Event], Iterator[list[Event]]]] = []
     for index, file in enumerate(files):
-        stream = file.batches()
+        stream = file.batches(_decode)
         for events in stream:
             heap.append((_begin_of(events, 0), index, events, stream))
             break

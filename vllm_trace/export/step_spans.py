@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from operator import add
 from typing import Any
+
+import msgspec
 
 from vllm_trace.events import (
     AttentionCalled,
@@ -13,36 +16,25 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.export import attributes as a
-from vllm_trace.export.span import INTERNAL, Ids, Link, Resource, Span, hashed
-
-Emit = Callable[[Span], None]
+from vllm_trace.export.forms import (
+    ATTENTION,
+    ENGINE_STEP,
+    EXECUTE,
+    FORWARD,
+    POSTPROCESS,
+    SAMPLE,
+    STEP_SCHEDULE,
+)
+from vllm_trace.export.span import GOLDEN, U64, Emit, Form, Ids, Link, Resource, hashed, id_of
 
 SPANS_PER_STEP = 1 << 12
 """Room for span ids in one step; workers and groups are fewer."""
 
 
-class Step:
-    """What is known of a step so far."""
+MAX_LINKS = 1024
+"""Links that are remembered."""
 
-    __slots__ = (
-        "chunks", "decode_tokens", "link", "links", "number", "parts", "prefill_tokens", "scheduled",
-        "updated",
-    )  # fmt: skip
-
-    def __init__(self, number: int, link: Link) -> None:
-        self.number = number
-        self.link = link
-        """To its root."""
-        self.scheduled: StepScheduled | None = None
-        self.updated: StepUpdated | None = None
-        self.chunks: list[Any] = []
-        """Prefill chunks whose results are not in."""
-        self.links: list[Link] = []
-        self.prefill_tokens = 0
-        self.decode_tokens = 0
-        self.parts: list[tuple[Any, Any]] = []
-        """(process, event) of workers."""
+_STRIDE = SPANS_PER_STEP * GOLDEN & U64
 
 
 class StepIds:
@@ -50,182 +42,192 @@ class StepIds:
 
     def __init__(self, *identity: Any) -> None:
         made = hashed(*identity, "steps", size=24)
-        self.high = made[:8]
-        self.low = Ids(int.from_bytes(made[8:16], "big"))
-        self.spans = Ids(int.from_bytes(made[16:], "big"))
+        self._high, self._low = made[:8], int.from_bytes(made[8:16], "big")
+        self._spans = int.from_bytes(made[16:], "big")
+        self._links: dict[int, Link] = {}
+        """Of the last steps: several requests point to one."""
+
+    def trace_id(self, step: int) -> bytes:
+        return self._high + id_of(self._low + step * GOLDEN)
+
+    def first(self, step: int) -> int:
+        """The number of the root's id; those of its children follow, as in ``Ids``."""
+        return self._spans + step * _STRIDE & U64
 
     def link(self, step: int) -> Link:
         """To the root of a step."""
-        return Link(self.high + self.low.at(step), self.spans.at(step * SPANS_PER_STEP))
+        found = self._links.get(step)
+        if found is None:
+            if len(self._links) >= MAX_LINKS:
+                self._links.clear()
+            found = self._links[step] = Link(self.trace_id(step), id_of(self.first(step)))
+        return found
 
 
-SCHEDULE, POSTPROCESS = 1, 2
-"""Places of the scheduler's own spans; those of workers follow."""
+class Step(msgspec.Struct):
+    """What is known of a step so far."""
+
+    number: int
+    scheduled: StepScheduled | None = None
+    updated: StepUpdated | None = None
+    chunks: Sequence[Any] = ()
+    """Prefill chunks whose results are not in."""
+    links: Sequence[Link] = ()
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    parts: dict[Any, list[Any]] | None = None
+    """Process → what it told as a worker."""
+
+
+def emit_step(step: Step, trace_id: bytes, engine: Any) -> None:
+    """Emit all spans of a step, the root last. What is missing of it makes the root incomplete."""
+    plan, done, offset, resource = step.scheduled, step.updated, engine.offset, engine.resource
+    emit, first = engine.emit, engine.step_ids.first(step.number)
+    root_id = id_of(first)
+    begins, ends = [], []
+    # The scheduler's own spans have the first two ids.
+    if plan is not None:
+        start = plan.started_ns + offset
+        end = start + plan.dur_ns
+        begins.append(start)
+        ends.append(end)
+        emit(resource, STEP_SCHEDULE, trace_id, id_of(first + GOLDEN), root_id, start, end)
+    if step.parts is not None:
+        tree = _Tree(trace_id, root_id, first + 2 * GOLDEN, emit, begins, ends)
+        _emit_workers(step.parts, tree, engine)
+    if done is not None:
+        start = done.started_ns + offset
+        end = start + done.dur_ns
+        begins.append(start)
+        ends.append(end)
+        emit(resource, POSTPROCESS, trace_id, id_of(first + 2 * GOLDEN), root_id, start, end)
+    if begins:
+        emit(
+            resource, ENGINE_STEP, trace_id, root_id, b"", min(begins), max(ends),
+            _values_of(step), (), step.links,
+        )  # fmt: skip
+
+
+def _values_of(step: Step) -> tuple[Any, ...]:
+    """Of the root."""
+    plan, done = step.scheduled, step.updated
+    output = None
+    if done is not None and done.num_output_tokens is not None:
+        output = sum(done.num_output_tokens)
+    incomplete = True if plan is None or done is None else None
+    if plan is None:
+        return step.number, None, (None, None, None, None, output), None, (None, None, incomplete)
+    queues = len(plan.requests or ()), plan.num_running, plan.num_waiting
+    facts = (*queues, step.decode_tokens, output)
+    values = step.number, plan.num_free_blocks, facts, step.prefill_tokens
+    if plan.new or plan.resumed or plan.preempted or incomplete:
+        joined = len(plan.new) + len(plan.resumed)
+        return *values, (joined or None, len(plan.preempted) or None, incomplete)
+    return values
 
 
 class _Tree:
     """The workers' spans of one step."""
 
-    def __init__(self, step: Step, ids: StepIds, emit: Emit) -> None:
-        self.trace_id, self.root_id = step.link.trace_id, step.link.span_id
-        self.first = step.number * SPANS_PER_STEP
-        self.ids, self.emit = ids, emit
-        self.place = POSTPROCESS
-        self.begin, self.end = 0, 0
+    __slots__ = ("begins", "emit", "ends", "next_id", "root_id", "trace_id")
+
+    def __init__(
+        self, trace_id: bytes, root_id: bytes, last: int, emit: Emit, begins: Any, ends: Any
+    ) -> None:
+        self.trace_id, self.root_id, self.next_id = trace_id, root_id, Ids(last).next
+        self.emit, self.begins, self.ends = emit, begins, ends
 
     def add(
         self,
-        name: str,
+        resource: Resource,
+        form: Form,
         start: int,
         dur_ns: int,
-        resource: Resource,
-        attributes: dict[str, Any],
+        values: tuple[Any, ...] = (),
         parent: bytes = b"",
     ) -> bytes:
-        self.place += 1
-        span_id = self.ids.spans.at(self.first + self.place)
-        end = start + dur_ns
-        if not self.begin or start < self.begin:
-            self.begin = start
-        if end > self.end:
-            self.end = end
+        """Emit a child. Returns its id."""
+        span_id, end = self.next_id(), start + dur_ns
+        self.begins.append(start)
+        self.ends.append(end)
         self.emit(
-            Span(
-                self.trace_id, span_id, parent or self.root_id, name, start, end, resource,
-                attributes,
-            )
-        )  # fmt: skip
+            resource, form, self.trace_id, span_id, parent or self.root_id, start, end, values
+        )
         return span_id
 
 
-NO_FACTS: dict[str, Any] = {}
+def _emit_workers(parts: dict[Any, list[Any]], tree: _Tree, engine: Any) -> None:
+    for process in sorted(parts, key=_key_of) if len(parts) > 1 else parts:
+        _emit_worker(parts[process], process, process.offset_for(engine), tree, engine)
 
 
-def emit_step(step: Step, ids: StepIds, engine: Any) -> None:
-    """Emit all spans of a step, the root last. What is missing of it makes the root incomplete."""
-    plan, done, offset, resource = step.scheduled, step.updated, engine.offset, engine.resource
-    trace_id, root_id, emit = step.link.trace_id, step.link.span_id, engine.emit
-    first = step.number * SPANS_PER_STEP
-    facts: dict[str, Any] = {a.STEP: step.number}
-    begin = end = 0
-    if plan is not None:
-        begin = plan.started_ns + offset
-        end = begin + plan.dur_ns
-        span_id = ids.spans.at(first + SCHEDULE)
-        emit(Span(trace_id, span_id, root_id, "schedule", begin, end, resource, NO_FACTS))
-        facts = _plan_facts(step, plan)
-    if step.parts:
-        tree = _Tree(step, ids, emit)
-        _emit_workers(step, tree, engine)
-        if tree.end:
-            begin = min(begin, tree.begin) if begin else tree.begin
-            end = max(end, tree.end)
-    if done is not None:
-        start = done.started_ns + offset
-        last = start + done.dur_ns
-        begin, end = begin or start, max(end, last)
-        span_id = ids.spans.at(first + POSTPROCESS)
-        emit(Span(trace_id, span_id, root_id, "postprocess", start, last, resource, NO_FACTS))
-        if done.num_output_tokens is not None:
-            facts[a.NUM_OUTPUT] = sum(done.num_output_tokens)
-    if plan is None or done is None:
-        facts[a.INCOMPLETE] = True
-    if end:
-        emit(
-            Span(
-                trace_id, root_id, b"", "engine_step", begin, end, resource, facts, INTERNAL, (),
-                step.links,
-            )
-        )  # fmt: skip
+def _key_of(process: Any) -> Any:
+    return process.key
 
 
-def _plan_facts(step: Step, plan: StepScheduled) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        a.STEP: step.number,
-        a.NUM_REQUESTS: len(plan.requests or ()),
-        a.NUM_RUNNING: plan.num_running,
-        a.NUM_WAITING: plan.num_waiting,
-        a.NUM_FREE: plan.num_free_blocks,
-        a.PREFILL_TOKENS: step.prefill_tokens,
-        a.DECODE_TOKENS: step.decode_tokens,
-    }
-    if plan.new or plan.resumed:
-        facts[a.NUM_NEW] = len(plan.new) + len(plan.resumed)
-    if plan.preempted:
-        facts[a.NUM_PREEMPTED] = len(plan.preempted)
-    return facts
-
-
-def _emit_workers(step: Step, tree: _Tree, engine: Any) -> None:
-    """``execute`` of each worker with what is in it, and ``sample``."""
-    by_process: dict[tuple[Any, ...], tuple[Any, dict[type, list[Any]]]] = {}
-    for process, event in step.parts:
-        _, found = by_process.setdefault(process.key, (process, {}))
-        found.setdefault(type(event), []).append(event)
-    for key in sorted(by_process):
-        process, found = by_process[key]
-        offset = process.offset_for(engine)
-        for ran in found.get(StepExecuted, ()):
-            facts = {
-                a.RANK: ran.rank,
-                a.NUM_TOKENS: ran.num_tokens,
-                a.NUM_PADDED: ran.num_tokens_padded,
-                a.MODE: ran.mode,
-            }
-            start = ran.started_ns + offset
-            execute = tree.add("execute", start, ran.dur_ns, process.resource, facts)
-            if ran.forward_ns:
-                start, dur = ran.forward_ns + offset, ran.forward_dur_ns
-                forward = tree.add("forward", start, dur, process.resource, {}, execute)
-                _emit_attention(tree, process, engine, forward, ran, found)
-        for one in found.get(StepSampled, ()):
-            facts = {a.RANK: one.rank}
-            tree.add("sample", one.started_ns + offset, one.dur_ns, process.resource, facts)
+def _emit_worker(told: list[Any], process: Any, offset: int, tree: _Tree, engine: Any) -> None:
+    """``execute`` of a worker with what is in it, and ``sample``."""
+    resource = process.resource
+    executed: list[StepExecuted] = []
+    sampled: list[StepSampled] = []
+    called: list[AttentionCalled] = []
+    plans: dict[int, AttentionPlanned] = {}
+    for event in told:
+        kind = type(event)
+        if kind is AttentionPlanned:
+            plans[event.group] = event
+        elif kind is AttentionCalled:
+            called.append(event)
+        elif kind is StepExecuted:
+            executed.append(event)
+        else:
+            sampled.append(event)
+    for ran in executed:
+        values = ((ran.rank, ran.num_tokens, ran.num_tokens_padded, ran.mode),)
+        start = ran.started_ns + offset
+        execute = tree.add(resource, EXECUTE, start, ran.dur_ns, values)
+        if ran.forward_ns:
+            start, dur = ran.forward_ns + offset, ran.forward_dur_ns
+            forward = tree.add(resource, FORWARD, start, dur, (), execute)
+            within = (forward, start, dur)
+            _emit_attention(tree, process, offset, engine, within, plans, called)
+    for one in sampled:
+        tree.add(resource, SAMPLE, one.started_ns + offset, one.dur_ns, (one.rank,))
 
 
 def _emit_attention(
     tree: _Tree,
     process: Any,
+    offset: int,
     engine: Any,
-    parent: bytes,
-    ran: StepExecuted,
-    found: dict[type, list[Any]],
+    within: tuple[bytes, int, int],
+    plans: dict[int, AttentionPlanned],
+    called: list[AttentionCalled],
 ) -> None:
-    """One span for each KV-cache group and implementation; a group without calls has no time."""
-    plans = {plan.group: plan for plan in found.get(AttentionPlanned, ())}
-    offset = process.offset_for(engine)
-    forward = (ran.forward_ns, ran.forward_ns + ran.forward_dur_ns)
+    """One span for each KV-cache group and implementation; a group without calls has no time.
+
+    ``within``: id, start and duration of the forward.
+    """
+    resource = process.resource
+    forward, forward_start, forward_dur = within
     timed: set[int] = set()
-    for called in found.get(AttentionCalled, ()):
-        groups: dict[int, list[int]] = {}
-        for place, layer in enumerate(called.layers):
-            groups.setdefault(engine.group_of(layer), []).append(place)
-        for group, places in groups.items():
+    for event in called:
+        for group, places in engine.groups_of(event.layers):
             timed.add(group)
-            begin = min(called.started_ns[place] for place in places)
-            end = max(called.started_ns[place] + called.dur_ns[place] for place in places)
-            facts = _attention_facts(group, plans.get(group), called.kernel)
-            facts[a.NUM_CALLS] = len(places)
-            facts[a.CALLS_NS] = sum(called.dur_ns[place] for place in places)
-            facts[a.CLOCK] = called.clock
-            backend = process.backends.get(called.layers[places[0]])
-            if backend:
-                facts[a.BACKEND] = backend
-            if called.clock != "host":
-                # Times of a stream are not the host's: the span is the forward it belongs to.
-                begin, end = forward
-            tree.add("attention", begin + offset, end - begin, process.resource, facts, parent)
+            starts, durs = event.started_ns, event.dur_ns
+            if len(places) < len(event.layers):
+                starts, durs = [starts[i] for i in places], [durs[i] for i in places]
+            plan = plans.get(group)
+            kernel, variant = (plan.kernel, plan.variant) if plan is not None else (None, None)
+            backend = process.backends.get(event.layers[places[0]]) or None
+            choice = group, kernel, variant, event.kernel or None, len(places), event.clock, backend
+            start, dur = forward_start, forward_dur
+            if event.clock == "host":
+                # Times of a stream are not the host's: that span is the forward it belongs to.
+                start = min(starts) + offset
+                dur = max(map(add, starts, durs)) + offset - start
+            tree.add(resource, ATTENTION, start, dur, (choice, sum(durs)), forward)
     for group, plan in plans.items():
         if group not in timed:
-            facts = _attention_facts(group, plan, "")
-            begin, end = forward
-            tree.add("attention", begin + offset, end - begin, process.resource, facts, parent)
-
-
-def _attention_facts(group: int, plan: AttentionPlanned | None, impl: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {a.GROUP: group}
-    if plan is not None:
-        facts[a.KERNEL], facts[a.VARIANT] = plan.kernel, plan.variant
-    if impl:
-        facts[a.IMPL] = impl
-    return facts
+            choice = group, plan.kernel, plan.variant, None, None, None, None
+            tree.add(resource, ATTENTION, forward_start, forward_dur, (choice,), forward)

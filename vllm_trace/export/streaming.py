@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.export import ExportOptions
+from vllm_trace.export.batcher import Batcher
 from vllm_trace.export.endpoint import endpoint_of
-from vllm_trace.export.otlp import Batcher, new_fold
+from vllm_trace.export.otlp import new_fold
 from vllm_trace.export.sending import Batch, Delivered, Sender
 from vllm_trace.growing import FollowedTrace
 
@@ -147,17 +148,16 @@ def stream(
     """
     endpoint = endpoint_of(url)
     sender = Sender(endpoint)
-    fold = new_fold(options, lag=LAG)
-    pump, followed, batcher = _Pump(sender), FollowedTrace(folder), Batcher()
+    batcher = Batcher()
+    fold = new_fold(options, emit=batcher.add, lag=LAG)
+    pump, followed = _Pump(sender), FollowedTrace(folder)
     made = Streamed(endpoint.url, delivered=pump.delivered)
     processes: list[Any] = []
     news = time.monotonic()
 
-    def pass_on(everything: bool = False) -> None:
-        for full in batcher.extend(fold.take()):
+    def pass_on() -> None:
+        for full in batcher.take():
             pump.put(Batch(*full))
-        if everything and batcher.num_spans:
-            pump.put(Batch(*batcher.take()))
 
     hurried = False
     while True:
@@ -171,21 +171,22 @@ def stream(
                 processes.append(fold.open(followed.files[len(processes)].header))
             fold.feed(processes[index], events)
             any_news = True
-            if fold.made:
-                pass_on()
+            pass_on()
         if any_news:
             news = time.monotonic()
         elif last:
             break
         elif time.monotonic() - news > IDLE:
             fold.idle()
-            pass_on(everything=True)
+            batcher.cut()
+            pass_on()
         if not any_news:
             time.sleep(EVERY)
         elif not last:
             time.sleep(EVERY / 4)
     fold.end()
-    pass_on(everything=True)
+    batcher.cut()
+    pass_on()
     pump.close()
     sender.close()
     made.requests, made.events = fold.num_requests, fold.num_events

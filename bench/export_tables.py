@@ -131,6 +131,8 @@ class Figure:
     num_events: int
     seconds: float
     """CPU, all threads."""
+    slowest_seconds: float
+    """Of all runs; ``seconds`` is the fastest."""
     first_seconds: float
     """CPU of the export of a small trace before it."""
     peak_mb: float
@@ -140,20 +142,22 @@ class Figure:
         return asdict(self) | {"events_per_s": self.num_events / self.seconds}
 
 
-def figure(name: str, trace: str, path: Path, worker: str = WORKER) -> Figure:
-    """Export a file once."""
-    done = subprocess.run(
-        [sys.executable, "-c", worker, name, str(path), str(GOLD / "hello.vtrace")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    took, first, peak, size = done.stdout.split()
+def figure(name: str, trace: str, path: Path, worker: str = WORKER, repeats: int = 1) -> Figure:
+    """Export a file, each time in a process of its own."""
+    runs = []
+    for _ in range(repeats):
+        done = subprocess.run(
+            [sys.executable, "-c", worker, name, str(path), str(GOLD / "hello.vtrace")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        runs.append([float(said) for said in done.stdout.split()])
+    took, first, _, size = min(runs)
+    peak = max(run[2] for run in runs)
     count = TraceFile(path).finish().num_events
     said = name if worker is WORKER else f"{name}, events alone"
-    return Figure(
-        said, trace, count, float(took), float(first), int(peak) / 1024, int(size) / count
-    )
+    return Figure(said, trace, count, took, max(runs)[0], first, peak / 1024, size / count)
 
 
 def sources(folder: Path, steps: int) -> dict[str, Path]:
@@ -171,13 +175,14 @@ def sources(folder: Path, steps: int) -> dict[str, Path]:
     return run | {"engine and worker, full": GOLD / "mixed.vtrace"}
 
 
+BIG = 2_000_000
 LONG = 10_000_000
 """Events of the longest trace, of which memory is the question."""
 
 
 def make(folder: Path, quick: bool) -> None:
     """The traces of all sizes: ``<what it is>-<events>.vtrace``."""
-    sizes = (100_000, 300_000) if quick else (100_000, 2_000_000)
+    sizes = (100_000, 300_000) if quick else (100_000, BIG)
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as runs:
         for label, source in sources(Path(runs), 300 if quick else 1500).items():
             longer = () if quick or label != "scheduler, full" else (LONG,)
@@ -185,24 +190,32 @@ def make(folder: Path, quick: bool) -> None:
                 grown(source, size, folder / f"{label}-{size}{SUFFIX}")
 
 
+REPEATS = 3
+"""Runs of what is not quick."""
+
+
 def measure(
-    quick: bool, tell: Any = lambda text: None, made: Path | None = None
+    quick: bool, tell: Any = lambda text: None, made: Path | None = None, only: str = ""
 ) -> list[dict[str, Any]]:
-    """All figures, as plain values; of the traces in ``made`` when they were made before."""
+    """All figures, as plain values; of the traces in ``made`` when they were made before.
+
+    ``only`` names the traces that are wanted by how their files begin.
+    """
     found = []
     with tempfile.TemporaryDirectory(prefix="vtrace-bench-") as folder:
         if made is None:
             tell("recording runs for the exports")
             made = Path(folder)
             make(made, quick)
-        for big in sorted(made.glob(f"*{SUFFIX}"), key=_label_and_size):
+        for big in sorted(made.glob(f"{only}*{SUFFIX}"), key=_label_and_size):
             label, size = _label_and_size(big)
             jobs = [("parquet", WORKER), ("parquet", WITHOUT_DERIVED)]
             if size == 100_000 or quick:
                 jobs += [("json", WORKER), ("perfetto", WORKER)]
             for name, worker in jobs[:1] if size == LONG else jobs:
                 tell(f"{name} of {size:,} events, {label}")
-                found.append(figure(name, label, big, worker).to_dict())
+                repeats = REPEATS if size == BIG else 1
+                found.append(figure(name, label, big, worker, repeats).to_dict())
     return found
 
 
@@ -214,13 +227,20 @@ def _label_and_size(path: Path) -> tuple[str, int]:
 HEADS = ("to", "trace", "events", "events/s, one core", "peak memory", "bytes an event")
 
 
+def _rates(one: dict[str, Any]) -> str:
+    """Events a second: of the slowest run to the fastest, when there were several."""
+    seconds = one["seconds"], one.get("slowest_seconds", one["seconds"])
+    fast, slow = (one["num_events"] / took / 1e6 for took in seconds)
+    return f"{fast:.2f} M" if f"{slow:.2f}" == f"{fast:.2f}" else f"{slow:.2f}–{fast:.2f} M"
+
+
 def rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             one["format"],
             one["trace"],
             f"{one['num_events']:,}",
-            f"{one['events_per_s'] / 1e6:.2f} M",
+            _rates(one),
             f"{one['peak_mb']:.0f} MB",
             f"{one['bytes_an_event']:.1f}",
         )
@@ -233,8 +253,10 @@ Each export runs in a fresh process on a trace grown from a real one: its events
 requests, steps and times of their own, written as a recorder writes them. CPU time of all threads,
 reading included; imports and the loading of compiled functions are not: a small export before it does
 them. `events alone` is Parquet without `blocks`, `requests` and `steps`. Target: 1 M events/s to
-Parquet, memory that does not grow with the trace. Compiling for the first time on a machine takes
-some seconds more, once. With `--traces FOLDER` the traces are made by a first run and kept.
+Parquet, memory that does not grow with the trace. Where there are two numbers it was run three times:
+the slowest and the fastest. Compiling for the first time on a machine takes some seconds more, once.
+With `--traces FOLDER` the traces are made by a first run and kept; with `--only NAME` those whose files
+begin so are measured, and the other figures stay.
 """
 
 
@@ -272,8 +294,15 @@ def main() -> None:
             made.mkdir(parents=True)
             make(made, quick)
             return
-    found = measure(quick, lambda text: print(text, file=sys.stderr), made)
-    write(found, told, ROOT / "reports" / "bench")
+    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
+    found = measure(quick, lambda text: print(text, file=sys.stderr), made, only)
+    folder = ROOT / "reports" / "bench"
+    if only:
+        before = json.loads((folder / "export_tables.json").read_text())["figures"]
+        new = {(one["trace"], one["num_events"]) for one in found}
+        found += [one for one in before if (one["trace"], one["num_events"]) not in new]
+        found.sort(key=lambda one: one["trace"])
+    write(found, told, folder)
     for row in (HEADS, *rows(found)):
         print(" | ".join(row))
 

@@ -368,7 +368,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables for ``reports/gpu/``."""
-    about = found["about"]
+    about, runs = found["about"], found["runs"]
     lines = [
         "# Attention backends, traced",
         "",
@@ -377,6 +377,21 @@ def markdown(found: dict[str, Any]) -> str:
         f" {about['device']}; a copy moves {about['copy_rate'] / 1e12:.2f} TB/s (reads and writes);"
         f" model runner {about['runner']}.",
         "",
+        *_runs_table(runs),
+        "",
+        *same_tokens(runs),
+        *_kernels_table(runs),
+        *_shadows([run for run in runs if run["shadow"]]),
+        *_cost_table(found["cost"]),
+        *_waits_table(found["waits"]),
+    ]
+    for failed in found["failed"]:
+        lines += ["", f"Not done: {failed['what']}: {failed['error']}"]
+    return "\n".join(lines) + "\n"
+
+
+def _runs_table(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "*Batches*: steps of which block tables and slots were recorded, and compared with the manager's by the"
         " invariants and the replay. *Forward*: median time between events on the stream.",
         "",
@@ -384,7 +399,7 @@ def markdown(found: dict[str, Any]) -> str:
         " | V1 / V2 steps |",
         "|---" * 10 + "|",
     ]
-    for run in found["runs"]:
+    for run in runs:
         replay = ", ".join(
             f"{r['mode']} {'identical' if r['passed'] else 'NOT identical'}" for r in run["replay"]
         )
@@ -396,44 +411,53 @@ def markdown(found: dict[str, Any]) -> str:
         cells += [str(run["batches_seen"]), f"{run['forward_median_us'] or 0:.0f}"]
         cells.append("no: " + "; ".join(run["not_shown"]) if run["not_shown"] else "yes")
         lines.append(f"| {' | '.join([*cells, judged, replay, rule])} |")
-    lines += ["", *same_tokens(found["runs"])]
-    lines += ["", "## Kernel times, between events on the stream", ""]
-    lines += [
+    return lines
+
+
+def _kernels_table(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        "## Kernel times, between events on the stream",
+        "",
         "Medians over the steps. The models are tiny, so the stream is idle between launches and a"
         " time holds the host's own launch; the first calls of Triton kernels also compile, which"
         " where there is one step only is all that is seen.",
         "",
-    ]
-    lines += [
         "| scenario | backend | kernel | variant | calls | a call, median µs | clock |",
         "|---|---|---|---|---|---|---|",
     ]
-    for run in found["runs"]:
-        for kernel in run["kernels"]:
-            each = kernel["median_ns"] / 1e3
-            if run["shadow"]:
-                continue
+    for run in runs:
+        for kernel in () if run["shadow"] else run["kernels"]:
             lines.append(
                 f"| {run['scenario']}{', graphs' if run['graphs'] else ''} | {run['backend']} | {kernel['kernel']} |"
-                f" {kernel['variant'] or '–'} | {kernel['num_calls']} | {each:.1f} | {kernel['clock']} |"
+                f" {kernel['variant'] or '–'} | {kernel['num_calls']} | {kernel['median_ns'] / 1e3:.1f} |"
+                f" {kernel['clock']} |"
             )
         for mode, (count, median) in run["replayed_graphs"].items():
             lines.append(
                 f"| {run['scenario']}, graphs | {run['backend']} | whole forward in a graph | {mode} | {count} |"
                 f" {median / 1e3:.1f} | cuda |"
             )
-    shadows = [run for run in found["runs"] if run["shadow"]]
-    if shadows:
-        lines += ["", "## Shadow", ""]
-        for run in shadows:
-            check = run["shadow"]
-            lines.append(
-                f"- {run['scenario']}, {run['backend']}: {check['num_calls']} calls, {check['num_beyond']} beyond"
-                f" {check['tolerance']:g}, worst {check['max_relative']:.2g} of the largest value read"
-            )
-    lines += ["", "## Added by tracing: the whole workload, host and device", ""]
+    return lines
+
+
+def _shadows(runs: list[dict[str, Any]]) -> list[str]:
+    if not runs:
+        return []
+    lines = ["", "## Shadow", ""]
+    for run in runs:
+        check = run["shadow"]
+        lines.append(
+            f"- {run['scenario']}, {run['backend']}: {check['num_calls']} calls, {check['num_beyond']} beyond"
+            f" {check['tolerance']:g}, worst {check['max_relative']:.2g} of the largest value read"
+        )
+    return lines
+
+
+def _cost_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["", "## Added by tracing: the whole workload, host and device", ""]
     lines += ["| backend | off, s | light | full | rounds |", "|---|---|---|---|---|"]
-    for row in found["cost"]:
+    for row in rows:
         cells = [
             f"× {row['ratio'][arm]:.3f} ({row['ratio_range'][arm][0]:.3f} to {row['ratio_range'][arm][1]:.3f})"
             for arm in ("light", "full")
@@ -441,17 +465,20 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(
             f"| {row['backend']} | {row['seconds']['off']:.3f} | {' | '.join(cells)} | {row['rounds']} |"
         )
-    if found["waits"]:
-        lines += [
-            "",
-            "## Waits of the host for the device, as torch counts them, in one `hello`",
-            "",
-        ]
-        lines += ["| backend | tracing off | full |", "|---|---|---|"]
-        lines += [f"| {row['backend']} | {row['off']} | {row['full']} |" for row in found["waits"]]
-    for failed in found["failed"]:
-        lines += ["", f"Not done: {failed['what']}: {failed['error']}"]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _waits_table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    return [
+        "",
+        "## Waits of the host for the device, as torch counts them, in one `hello`",
+        "",
+        "| backend | tracing off | full |",
+        "|---|---|---|",
+        *(f"| {row['backend']} | {row['off']} | {row['full']} |" for row in rows),
+    ]
 
 
 if __name__ == "__main__":

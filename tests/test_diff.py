@@ -397,6 +397,6 @@ def test_verb(capsys):
     out = capsys.readouterr().out
     document = json.loads(out[out.index("{") :])
     assert (1, False) == (document["schema"], document["same"])
-    assert {"kind", "lane", "step", "a", "b"} == set(document["divergence"])
+    assert {"kind", "lane", "step", "a", "b", "note"} == set(document["divergence"])
     assert 2 == main(["diff", str(preempt()), str(recorded("evict"))])
     assert "cannot compare: no request of A is in B" in capsys.readouterr().err

@@ -78,7 +78,7 @@ ROOMS = {
         ["tomli", "tomllib"],
     ),
     "invariants": (
-        ["errors", "events", "extending", "trace", "tracefile"],
+        ["decode_rule", "errors", "events", "extending", "trace", "tracefile"],
         ["packaging", "pytest"],
     ),
     "export": (

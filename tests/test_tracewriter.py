@@ -218,7 +218,7 @@ def test_a_reader_beside_a_writer_sees_all_that_was_written_before_it_began(tmp_
         [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True
     )
     try:
-        for _ in range(20):
+        for _ in range(8):
             for _ in range(150):
                 reported = int(child.stdout.readline())
             actual, file = read(path)

@@ -72,7 +72,7 @@ def test_the_layouts_of_cuda_backends(name):
         from vllm_trace.mini.attention import to_kernel_layout
 
         cache = torch.zeros_like(flat)
-        for view, made in zip(VllmEngine._split(cache, shape), to_kernel_layout(flat[0], flat[1])):
+        for view, made in zip(VllmEngine.split(cache, shape), to_kernel_layout(flat[0], flat[1])):
             view.copy_(made)
     impl = type(name, (), {"kv_cache_dtype": "auto", "shape": shape})()
     keys, values = blocks_of(impl, None, cache, torch.tensor([2, 0]))

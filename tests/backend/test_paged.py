@@ -69,7 +69,7 @@ def test_greedy_tokens_are_those_of_the_engines_own_attention_at_the_same_block_
     assert engine == paged
 
 
-@pytest.mark.parametrize("name", ["hello", "long", "preempt"])
+@pytest.mark.parametrize("name", ["hello", "long", "preempt", "batch", "chunked"])
 def test_its_traces_hold_every_invariant_and_replay_identically(name):
     _, folder = worked(name, "paged")
     (report,) = checking.check_all([folder], [])

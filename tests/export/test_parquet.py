@@ -42,6 +42,7 @@ from vllm_trace.export import (
     compiled,
     export,
     fast,
+    holding,
     lives,
     parquet,
     steps,
@@ -399,7 +400,7 @@ def test_the_tenancies_of_a_golden_trace(name, tmp_path):
 @pytest.mark.parametrize("name", ["mixed", "parallel", "abort"])
 def test_the_compiled_loop_follows_blocks_as_the_plain_one(name):
     made = []
-    for fold in (tenancies.fold, compiled.fold):
+    for fold in (holding.fold, compiled.fold):
         follow, found = tenancies.Tenancies(fold), []
         for chunk in columns.chunks(read_trace(GOLD / f"{name}.vtrace")):
             found += [row for batch in follow.take(chunk) for row in batch.to_pylist()]

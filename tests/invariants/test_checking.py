@@ -71,6 +71,37 @@ def triton_against_its_rule(events):
     return at, "kernel-variant"
 
 
+def paged_attention_of(events, variant, **numbers):
+    """As our backend tells it: of the decoding requests of the first batch that mixes them with others."""
+    at = first(events, "slots.mapped", lambda e: 1 in e.query_lens and max(e.query_lens) > 1)
+    batch = events[at]
+    lens = [s for q, s in zip(batch.query_lens, batch.seq_lens, strict=True) if q == 1]
+    numbers = {"max_seq_len": max(lens), "num_seqs": len(lens), "num_heads": 4} | numbers
+    events.insert(
+        at + 1,
+        AttentionPlanned(batch.step, batch.group, "paged_attention_v1", variant, numbers, [0]),
+    )
+    return at + 1, "kernel-variant"
+
+
+def v2_for_one_partition(events):
+    return paged_attention_of(events, "V2")
+
+
+def v1_for_a_shorter_batch(events):
+    return paged_attention_of(events, "V1", max_seq_len=1)
+
+
+def v1_for_fewer_requests(events):
+    return paged_attention_of(events, "V1", num_seqs=0)
+
+
+def test_a_kernel_for_some_rows_is_judged_by_those():
+    header, events = gold("mixed")
+    paged_attention_of(events, "V1")
+    assert {} == found(judged(events, header))
+
+
 def too_many_requests(events):
     at = first(events, "engine.configured")
     events[at].settings["max_num_seqs"] = 2
@@ -200,6 +231,9 @@ def a_stale_hash(events):
     [
         (flip_variant, "preempt"),
         (triton_against_its_rule, "preempt"),
+        (v2_for_one_partition, "batch"),
+        (v1_for_a_shorter_batch, "batch"),
+        (v1_for_fewer_requests, "batch"),
         (too_many_requests, "preempt"),
         (longer_than_the_model, "preempt"),
         (hash_of_another_place, "preempt"),

@@ -33,7 +33,7 @@ COMPARED = [
     (ev.StepScheduled, BOTH, ("num_free_blocks",)),
     (ev.StepScheduled, ("manager",), ("num_kept",)),
     (ev.StepScheduled, ("engine",), (
-        "requests", "num_tokens", "new", "resumed", "preempted", "num_running", "num_waiting",
+        "requests", "num_tokens", "new", "resumed", "preempted", "finished", "num_running", "num_waiting",
     )),
     (ev.SlotsMapped, ("manager",), ("slots", "block_size")),
 ]  # fmt: skip

@@ -190,6 +190,10 @@ def test_the_prefix_tree_opens_by_keys(gold, browse):
     if item.get_attribute("aria-expanded") == "false":
         seen.page.keyboard.press("ArrowRight")
     assert "block 5" in seen.text("#tree") and "user-0" in seen.text("#tree")
+    last = seen.page.get_by_role("button", name="user-99", exact=True)
+    assert 0 == last.count()
+    seen.page.get_by_role("button", name="and 40 more").click()
+    assert 1 == last.count()
     seen.page.get_by_role("button", name="user-3", exact=True).click()
     seen.settle()
     assert "user-3" in seen.text("#facts")

@@ -197,6 +197,16 @@ def test_verdicts_of_check_and_replay(tmp_path):
     assert "[8]" in first["divergence"]["recorded"] and "[7]" in first["divergence"]["mini"]
 
 
+def test_what_follows_a_sentence_is_folded_below_it():
+    """Which steps PagedAttention's rule would have changed at: many lines that few ask for."""
+    html = report.build(read_trace(GOLD / "mixed.vtrace"), report.Asked()).html.decode()
+    found = re.search(r'class="findings".*?</section>', html, re.S)[0]
+    assert 1 == found.count("<details>") == found.count("<summary>in detail</summary>")
+    inside = re.search(r"<details>.*?</details>", found, re.S)[0]
+    assert 6 == inside.count("<li>") == len(re.findall("would have changed from|<li>…", inside))
+    assert "counterfactual: PagedAttention&#39;s rule" in found.replace(inside, "")
+
+
 def test_without_replay_and_check_it_says_so():
     built = report.build(read_trace(GOLD / "hello.vtrace"), report.Asked(replay=False, check=False))
     assert {"invariants": "not judged", "replay": "not judged"} == built.verdicts

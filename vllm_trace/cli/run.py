@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace.cli.parser import AddVerb, recording_flags, recording_options
-from vllm_trace.cli.printing import print_json, print_text, say
+from vllm_trace.cli.printing import print_json, print_line, print_text, say
 from vllm_trace.cli.progress import Progress
 from vllm_trace.cli.traces import code_of, replay_all
 from vllm_trace.errors import EngineError, TraceError, UsageError
@@ -85,6 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if replays:
             from vllm_trace.replay_view import verdict
 
+            print_line("")
             print_text(verdict(replays))
         print(f"Trace and summary: {run.folder}")
     if sent is not None:

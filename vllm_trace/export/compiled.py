@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from numba import njit
 
-from vllm_trace.export import columns, fast, lives, tenancies
+from vllm_trace.export import columns, fast, holding, lives, steps
 from vllm_trace.export.columns import Chunk
 from vllm_trace.trace import Trace
 
-fold = njit(cache=True)(tenancies.fold)
+fold = njit(cache=True)(holding.fold)
 live = njit(cache=True)(lives.fold)
+count_tokens = njit(cache=True)(steps.count_tokens)
 
 
 def chunks(trace: Trace, tokens: bool = False) -> Iterator[Chunk]:

@@ -2,7 +2,7 @@
 
 A row waits ``LATER`` events after the end of its request, for a step whose results were out then,
 and until those that arrived before are written, unless too many wait: what is held in memory is
-the requests that live and not the trace. The loop is written for numba, as that of ``tenancies``.
+the requests that live and not the trace. The loop is written for numba, as that of ``holding``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.export.arrays import NONE, nullable, numbers, parts
 from vllm_trace.export.columns import Chunk
-from vllm_trace.export.steps import LATER, NONE, nullable, numbers, parts
+from vllm_trace.export.steps import LATER
 from vllm_trace.export.tenancies import WIDEST
 
 KINDS: dict[str, pa.DataType] = {
@@ -38,7 +39,8 @@ KINDS: dict[str, pa.DataType] = {
 }  # fmt: skip
 KINDS |= {name: pa.string() for name in ("name", "lora", "reason")} | {"salted": pa.bool_()}
 SCHEMA = pa.schema(list(KINDS.items()))
-TEXTS = ("name", "lora", "reason")
+NAMED = {"name": "request_id", "lora": "lora"}
+"""Texts of ``request.arrived``."""
 PLACE = {name: place for place, name in enumerate(KINDS)}
 SINCE_ARRIVAL = {
     "queued_ns": "scheduled_ns",
@@ -129,7 +131,10 @@ class Lives:
     def __init__(self, fold: Any = fold, answers: bool = True) -> None:
         self._fold, self._answers = fold, answers
         self._rows = np.empty((0, len(KINDS)), np.int64)
-        self._texts = {name: np.empty(0, object) for name in TEXTS}
+        self._texts = {name: pa.array([], pa.string()) for name in NAMED}
+        """Of the rows, where ``name`` in them says."""
+        self._reasons: dict[str, int] = {}
+        """A number for each; ``reason`` in the rows."""
         self._free: list[int] = []
         self._order = np.empty(0, np.int64)
         """Rows in the order in which their requests arrived."""
@@ -156,12 +161,9 @@ class Lives:
             more = max(lacking, 64)
             self._free += range(len(self._rows), len(self._rows) + more)
             self._rows = np.concatenate([self._rows, np.full((more, len(KINDS)), NONE)])
-            for name, texts in self._texts.items():
-                self._texts[name] = np.concatenate([texts, np.full(more, None)])
         rows = self._free[-batch.num_rows :]
         del self._free[-batch.num_rows :]
         self._rows[rows] = NONE
-        self._texts["reason"][rows] = None
         for name, source in (
             ("request", "request"), ("arrived_event", "number"), ("arrived_ns", "at_ns"),
             ("num_prompt_tokens", "num_prompt_tokens"), ("max_tokens", "max_tokens"),
@@ -171,8 +173,10 @@ class Lives:
         self._rows[rows, PLACE["salted"]] = np.asarray(batch["salted"].cast(pa.int64()))
         for name in ("num_refusals", "num_preemptions", "num_lost_tokens"):
             self._rows[rows, PLACE[name]] = 0
-        for name, source in (("name", "request_id"), ("lora", "lora")):
-            self._texts[name][rows] = _texts(batch[source])
+        begin = len(self._texts["name"])
+        self._rows[rows, PLACE["name"]] = np.arange(begin, begin + len(rows))
+        for name, source in NAMED.items():
+            self._texts[name] = pa.concat_arrays([self._texts[name], batch[source]])
         self._order = np.concatenate([self._order, rows])
 
     def _schedule(self, chunk: Chunk) -> None:
@@ -245,7 +249,10 @@ class Lives:
                 ("num_output_tokens", "num_output_tokens"),
             ):  # fmt: skip
                 rows[found, PLACE[name]] = numbers(batch, source)[which]
-            self._texts["reason"][found] = _texts(batch["reason"])[which]
+            coded = batch["reason"].dictionary_encode()
+            known = self._reasons
+            own = [known.setdefault(text, len(known)) for text in coded.dictionary.to_pylist()]
+            rows[found, PLACE["reason"]] = np.array(own)[coded.indices.to_numpy()[which]]
 
     def _allocate(self, hits: np.ndarray, found: np.ndarray) -> None:
         """The first call is of the admission, later hits are of resumptions."""
@@ -276,24 +283,22 @@ class Lives:
             gone, self._order = self._order[ready], self._order[~ready]
             yield self._batch(gone)
             self._free += gone.tolist()
+        if len(self._texts["name"]) > 2 * len(self._order) + 1024:
+            kept = pa.array(self._rows[self._order, PLACE["name"]])
+            self._texts = {name: texts.take(kept) for name, texts in self._texts.items()}
+            self._rows[self._order, PLACE["name"]] = np.arange(len(kept))
 
     def _batch(self, order: np.ndarray) -> pa.RecordBatch:
-        rows = self._rows[order]
+        rows = np.ascontiguousarray(self._rows[order].T)
         for name, source in SINCE_ARRIVAL.items():
-            at = rows[:, PLACE[source]]
-            took = at - rows[:, PLACE["arrived_ns"]]
-            rows[:, PLACE[name]] = np.where(at == NONE, NONE, took)
-        columns = []
-        for name, kind in KINDS.items():
-            if name in TEXTS:
-                columns.append(pa.array(self._texts[name][order], kind))
-            else:
-                columns.append(nullable(rows[:, PLACE[name]]).cast(kind))
-        return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _texts(column: pa.Array) -> np.ndarray:
-    return column.to_numpy(zero_copy_only=False)
+            at = rows[PLACE[source]]
+            rows[PLACE[name]] = np.where(at == NONE, NONE, at - rows[PLACE["arrived_ns"]])
+        places = pa.array(rows[PLACE["name"]])
+        columns = {name: nullable(rows[place]) for name, place in PLACE.items()}
+        columns |= {name: texts.take(places) for name, texts in self._texts.items()}
+        columns["salted"] = columns["salted"].cast(pa.bool_())
+        columns["reason"] = pa.array([*self._reasons], pa.string()).take(columns["reason"])
+        return pa.RecordBatch.from_arrays([*columns.values()], schema=SCHEMA)
 
 
 def _spread(ops: np.ndarray, column: pa.Array, place: int) -> np.ndarray:

@@ -18,15 +18,30 @@ import pyarrow.parquet as pq
 
 from vllm_trace import __version__
 from vllm_trace.events import EVENT_TYPES, SCHEMA_VERSION, Event
-from vllm_trace.export import Exported, ExportOptions, columns, exporter, lives, steps, tenancies
+from vllm_trace.export import (
+    Exported,
+    ExportOptions,
+    columns,
+    exporter,
+    holding,
+    lives,
+    steps,
+    tenancies,
+)
 from vllm_trace.export.tables import SCHEMAS, TRACE, table_name
 from vllm_trace.trace import Trace
 
 ROWS = 65_536
 """Most rows of a row group."""
 
-BYTES = 4 * 1024 * 1024
+BYTES = 8 * 1024 * 1024
 """Bytes of columns after which a row group is written, however few rows it has."""
+
+OWN = ("request_id", "name", "traceparent", "settings")
+"""Texts of which no two are the same: a dictionary of them is no use."""
+
+ALIKE = ("num_tokens", "num_output_tokens")
+"""Lists of numbers that are nearly all 1: zstd alone makes as little of them, and sooner."""
 
 BY_RANGE = ("number", "step", "at_ns", "request", "block", "from_event", "to_event", "arrived_ns")
 """Columns with the least and the largest value of each row group, by which a query leaves groups out."""
@@ -48,7 +63,7 @@ class TableFile:
     def add(self, batch: pa.RecordBatch) -> None:
         self._held.append(batch)
         self._rows += batch.num_rows
-        self._bytes += batch.nbytes
+        self._bytes += batch.get_total_buffer_size()
         if self._rows >= ROWS or self._bytes >= BYTES:
             self._write()
 
@@ -73,9 +88,10 @@ def _encodings(schema: pa.Schema) -> dict[str, Any]:
     """zstd; numbers as differences of neighbours, texts by dictionary, hashes as they are."""
     texts, encodings = [], {}
     for path, kind in _leaves(schema):
-        if pa.types.is_string(kind):
+        name = path.partition(".")[0]
+        if pa.types.is_string(kind) and name not in OWN:
             texts.append(path)
-        elif pa.types.is_int64(kind):
+        elif pa.types.is_int64(kind) and (name not in ALIKE or path == name):
             encodings[path] = "DELTA_BINARY_PACKED"
         elif not pa.types.is_boolean(kind):
             encodings[path] = "PLAIN"
@@ -184,17 +200,17 @@ def _reader(trace: Trace, tokens: bool) -> tuple[Iterator[columns.Chunk], dict[s
             from vllm_trace.export import compiled
 
             found = compiled if len(trace.files) == 1 else columns
-            return found.chunks(trace, tokens), _makers(trace, compiled.fold, compiled.live)
-    return columns.chunks(trace, tokens), _makers(trace, tenancies.fold, lives.fold)
+            return found.chunks(trace, tokens), _makers(trace, compiled)
+    return columns.chunks(trace, tokens), _makers(trace)
 
 
-def _makers(trace: Trace, fold: Any, live: Any) -> dict[str, Any]:
+def _makers(trace: Trace, compiled: Any = None) -> dict[str, Any]:
     # No file of level light has outputs.
     answers = any(file.header.get("level") != "light" for file in trace.files)
     return {
-        "blocks": tenancies.Tenancies(fold),
-        "steps": steps.Steps(),
-        "requests": lives.Lives(live, answers),
+        "blocks": tenancies.Tenancies(compiled.fold if compiled else holding.fold),
+        "steps": steps.Steps(compiled.count_tokens if compiled else steps.count_tokens),
+        "requests": lives.Lives(compiled.live if compiled else lives.fold, answers),
     }
 
 

@@ -8,10 +8,10 @@ in memory is those rows and not the trace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vllm_trace.events import (
     AttentionPlanned,
@@ -24,13 +24,11 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
+from vllm_trace.export.arrays import NONE, nullable, numbers, own_parts, own_parts_of_map, parts
 from vllm_trace.export.columns import Chunk
 
 LATER = 65_536
 """Events after which nothing more is heard of a step, or of a request that has finished."""
-
-NONE = np.iinfo(np.int64).min
-"""Stands for null in arrays of numbers."""
 
 NAMES = (
     "number", "process", "step", "at_ns", "schedule_ns", "execute_ns", "forward_ns", "sample_ns",
@@ -51,29 +49,43 @@ COUNTED: dict[str, type[Event]] = {
 """What happens inside ``schedule`` stands before its event."""
 
 
-def numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """A column; ``NONE`` for null."""
-    column = batch[name]
-    return (pc.fill_null(column, NONE) if column.null_count else column).to_numpy()
+def count_tokens(
+    of_requests, requests, of_tokens, tokens, of_new, new, of_resumed, resumed,
+    of_spec, spec, num_spec, total, prefill,
+):  # fmt: skip
+    """Put in the tokens of each step, and those of requests that join or compute several: their prefill.
 
-
-def nullable(values: np.ndarray) -> pa.Array:
-    null = values == NONE
-    return pa.array(values, mask=null if null.any() else None)
-
-
-def parts(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Of a column of lists: where each begins and ends, and the numbers in all of them."""
-    offsets = np.asarray(column.offsets).astype(np.int64)
-    return offsets - offsets[0], column.values.to_numpy()[offsets[0] : offsets[-1]]
+    ``of_…`` say where those of a step begin and end in the array after it; ``num_spec`` how many
+    drafts each of ``spec`` has, which are no prefill. Written for numba.
+    """
+    for step in range(len(total)):
+        first, last = of_requests[step], of_requests[step + 1]
+        begin = of_tokens[step]
+        for i in range(of_tokens[step + 1] - begin):
+            count = tokens[begin + i]
+            total[step] += count
+            several, joined = count, False
+            if first + i < last:
+                request = requests[first + i]
+                for at in range(of_spec[step], of_spec[step + 1]):
+                    if spec[at] == request:
+                        several -= num_spec[at]
+                if several <= 1:
+                    for at in range(of_new[step], of_new[step + 1]):
+                        joined |= new[at] == request
+                    for at in range(of_resumed[step], of_resumed[step + 1]):
+                        joined |= resumed[at] == request
+            if several > 1 or joined:
+                prefill[step] += count
 
 
 class Steps:
     """Takes the chunks of a trace and gives the rows of ``steps``, in their order."""
 
-    def __init__(self) -> None:
-        self._rows = np.empty((0, len(NAMES)), np.int64)
-        """Of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
+    def __init__(self, count: Any = count_tokens) -> None:
+        self._count_tokens = count
+        self._rows = np.empty((len(NAMES), 0), np.int64)
+        """Columns of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
         self._before: dict[tuple[str, int], int] = {}
         """What happened in each process since its last step."""
         self._variants: list[frozenset[str]] = []
@@ -82,23 +94,51 @@ class Steps:
     def take(self, chunk: Chunk) -> Iterator[pa.RecordBatch]:
         """The rows of which nothing more can come after this chunk."""
         planned = chunk.get(StepScheduled)
-        made = None if planned is None else _rows_of(planned)
-        self._count(chunk, made)
+        made = None if planned is None else self._rows_of(planned)
+        self._count_inside(chunk, made)
         if made is not None:
-            self._rows = np.concatenate([self._rows, made])
-        if len(self._rows):
+            self._rows = np.concatenate([self._rows, made], axis=1)
+        if self._rows.size:
             self._tell(chunk)
         last = max(int(numbers(batch, "number")[-1]) for batch in chunk.values())
-        done = int(np.searchsorted(self._rows[:, 0], last - LATER))
+        done = int(np.searchsorted(self._rows[0], last - LATER))
         if done:
-            yield self._batch(self._rows[:done])
-            self._rows = self._rows[done:].copy()
+            yield self._batch(self._rows[:, :done])
+            self._rows = self._rows[:, done:].copy()
 
     def end(self) -> Iterator[pa.RecordBatch]:
         """The rest."""
         yield self._batch(self._rows)
 
-    def _count(self, chunk: Chunk, made: np.ndarray | None) -> None:
+    def _rows_of(self, planned: pa.RecordBatch) -> np.ndarray:
+        """What a ``step.scheduled`` itself says."""
+        rows = np.full((len(NAMES), planned.num_rows), NONE)
+        for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
+                     "num_free_blocks"):  # fmt: skip
+            rows[PLACE[name]] = numbers(planned, name)
+        rows[PLACE["schedule_ns"]] = numbers(planned, "dur_ns")
+        lists = {
+            name: own_parts(planned[name]) for name in ("requests", "num_tokens", "new", "resumed")
+        }
+        for name, source in (
+            ("num_requests", "requests"),
+            ("num_new", "new"),
+            ("num_resumed", "resumed"),
+        ):
+            rows[PLACE[name]] = np.diff(lists[source][0])
+        for name in COUNTED:
+            rows[PLACE[name]] = 0
+        total, prefill = np.zeros((2, planned.num_rows), np.int64)
+        self._count_tokens(
+            *(each for pair in lists.values() for each in pair),
+            *own_parts_of_map(planned["num_spec_tokens"]), total, prefill,
+        )  # fmt: skip
+        rows[PLACE["num_tokens"]] = total
+        rows[PLACE["num_prefill_tokens"]] = prefill
+        rows[PLACE["num_decode_tokens"]] = total - prefill
+        return rows
+
+    def _count_inside(self, chunk: Chunk, made: np.ndarray | None) -> None:
         """Add what happened to the next step of its process."""
         before, self._before = self._before, {}
         for name, cls in COUNTED.items():
@@ -112,13 +152,13 @@ class Steps:
                 carried = before.get((name, process), 0)
                 rows = np.zeros(0, np.int64)
                 if made is not None:
-                    rows = np.flatnonzero(made[:, 1] == process)
+                    rows = np.flatnonzero(made[1] == process)
                 if made is None or not len(rows):
                     self._before[name, process] = carried + len(at)
                     continue
-                found = np.bincount(np.searchsorted(made[rows, 0], at), minlength=len(rows) + 1)
+                found = np.bincount(np.searchsorted(made[0, rows], at), minlength=len(rows) + 1)
                 found[0] += carried
-                made[rows, PLACE[name]] += found[:-1]
+                made[PLACE[name], rows] += found[:-1]
                 if found[-1]:
                     self._before[name, process] = int(found[-1])
 
@@ -127,11 +167,11 @@ class Steps:
         rows = self._rows
         batch = chunk.get(StepUpdated)
         if batch is not None:
-            who, processes = numbers(batch, "process"), np.unique(rows[:, 1])
-            for process in processes.tolist():
-                of_process = np.flatnonzero(rows[:, 1] == process)
+            who = numbers(batch, "process")
+            for process in np.unique(who).tolist():
+                of_process = np.flatnonzero(rows[1] == process)
                 mine = np.flatnonzero(who == process)
-                which, found = _of_steps(rows[of_process], batch, mine)
+                which, found = _of_steps(rows[:3, of_process], batch, mine)
                 self._update(batch, which, of_process[found])
         for cls, columns in (
             (StepExecuted, (("execute_ns", "dur_ns"), ("forward_ns", "forward_dur_ns"),
@@ -142,7 +182,7 @@ class Steps:
             if batch is not None:
                 which, found = _of_steps(rows, batch, np.arange(batch.num_rows))
                 for name, source in columns:
-                    np.maximum.at(rows[:, PLACE[name]], found, numbers(batch, source)[which])
+                    np.maximum.at(rows[PLACE[name]], found, numbers(batch, source)[which])
         batch = chunk.get(AttentionPlanned)
         if batch is not None:
             which, found = _of_steps(rows, batch, np.arange(batch.num_rows))
@@ -151,17 +191,17 @@ class Steps:
     def _update(self, batch: pa.RecordBatch, which: np.ndarray, found: np.ndarray) -> None:
         rows, dur = self._rows, numbers(batch, "dur_ns")
         updated = numbers(batch, "at_ns") + dur
-        rows[found, PLACE["update_ns"]] = dur[which]
-        rows[found, PLACE["wall_ns"]] = updated[which] - rows[found, PLACE["at_ns"]]
+        rows[PLACE["update_ns"], found] = dur[which]
+        rows[PLACE["wall_ns"], found] = updated[which] - rows[PLACE["at_ns"], found]
         sums = _sums(batch["num_output_tokens"])
-        rows[found, PLACE["num_output_tokens"]] = sums[which]
+        rows[PLACE["num_output_tokens"], found] = sums[which]
 
     def _choose(self, column: pa.Array, which: np.ndarray, found: np.ndarray) -> None:
         """Variants of a step in one text, in alphabetical order."""
         coded = column.dictionary_encode()
         own = np.array([self._variant({text}) for text in coded.dictionary.to_pylist()], np.int64)
         codes = own[coded.indices.to_numpy()[which]]
-        held = self._rows[:, PLACE["variant"]]
+        held = self._rows[PLACE["variant"]]
         held[found] = np.where(held[found] == NONE, codes, held[found])
         for row, code in zip(*(a[held[found] != codes].tolist() for a in (found, codes))):
             held[row] = self._variant(self._variants[held[row]] | self._variants[code])
@@ -174,37 +214,10 @@ class Steps:
         return place
 
     def _batch(self, rows: np.ndarray) -> pa.RecordBatch:
-        columns = [nullable(column) for column in np.ascontiguousarray(rows.T)]
+        columns = [nullable(column.copy()) for column in rows]
         texts = [", ".join(sorted(texts)) for texts in self._variants]
         columns[-1] = pa.array(texts, pa.string()).take(columns[-1])
-        return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _rows_of(planned: pa.RecordBatch) -> np.ndarray:
-    """What a ``step.scheduled`` itself says."""
-    rows = np.full((planned.num_rows, len(NAMES)), NONE)
-
-    def put(name: str, values: np.ndarray | int) -> None:
-        rows[:, PLACE[name]] = values
-
-    for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
-                 "num_free_blocks"):  # fmt: skip
-        put(name, numbers(planned, name))
-    put("schedule_ns", numbers(planned, "dur_ns"))
-    sizes = {name: np.diff(np.asarray(planned[name].offsets)) for name in
-             ("requests", "new", "resumed")}  # fmt: skip
-    put("num_requests", sizes["requests"])
-    put("num_new", sizes["new"])
-    put("num_resumed", sizes["resumed"])
-    for name in COUNTED:
-        put(name, 0)
-    total = _sums(planned["num_tokens"])
-    total[total == NONE] = 0
-    prefill = _prefill(planned)
-    put("num_tokens", total)
-    put("num_prefill_tokens", prefill)
-    put("num_decode_tokens", total - prefill)
-    return rows
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def _sums(column: pa.Array) -> np.ndarray:
@@ -217,49 +230,23 @@ def _sums(column: pa.Array) -> np.ndarray:
     return made
 
 
-def _prefill(planned: pa.RecordBatch) -> np.ndarray:
-    """Tokens of requests that join, or compute several tokens: they are in their prefill."""
-    offsets, tokens = parts(planned["num_tokens"])
-    several = tokens.copy()
-    of_spec = planned["num_spec_tokens"]
-    if len(of_spec.keys):
-        begins, keys = np.asarray(of_spec.offsets), of_spec.keys.to_numpy()
-        at, which = _places(planned, np.diff(begins), keys[begins[0] : begins[-1]])
-        several[at] -= of_spec.items.to_numpy()[begins[0] : begins[-1]][which]
-    chosen = several > 1
-    for name in ("new", "resumed"):
-        begins, joined = parts(planned[name])
-        if len(joined):
-            chosen[_places(planned, np.diff(begins), joined)[0]] = True
-    sums = np.concatenate([[0], np.cumsum(np.where(chosen, tokens, 0))])
-    return sums[offsets[1:]] - sums[offsets[:-1]]
-
-
-def _places(
-    planned: pa.RecordBatch, counts: np.ndarray, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where ``num_tokens`` of some requests stand, ``counts`` of them in each step, and of which."""
-    offsets, requests = parts(planned["requests"])
-    of_tokens, _ = parts(planned["num_tokens"])
-    rows = np.repeat(np.arange(len(counts)), counts)
-    sizes = np.minimum(np.diff(offsets), np.diff(of_tokens))[rows]
-    which = np.repeat(np.arange(len(rows)), sizes)
-    within = np.arange(len(which)) - (np.cumsum(sizes) - sizes)[which]
-    same = requests[offsets[rows][which] + within] == wanted[which]
-    return (of_tokens[rows][which] + within)[same], which[same]
-
-
 def _of_steps(
     rows: np.ndarray, batch: pa.RecordBatch, which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which of these events have a step, and its row: the latest of that number before them."""
-    order = np.argsort(rows[:, PLACE["step"]], kind="stable")
-    steps = rows[order, PLACE["step"]]
+    if not rows.shape[1]:
+        return which[:0], which[:0]
+    steps, at = rows[PLACE["step"]], rows[0]
+    wanted, number = numbers(batch, "step")[which], numbers(batch, "number")[which]
+    if (steps[1:] > steps[:-1]).all():
+        found = np.minimum(np.searchsorted(steps, wanted), len(steps) - 1)
+        there = (steps[found] == wanted) & (at[found] <= number)
+        return which[there], found[there]
+    order = np.argsort(steps, kind="stable")
+    steps = steps[order]
     unique, rank = np.unique(steps, return_inverse=True)
-    wanted = numbers(batch, "step")[which]
     of = np.searchsorted(unique, wanted)
     # A trace has fewer than 2**40 events, and fewer steps than 2**22 wait.
-    keys = (rank << 40) + rows[order, 0]
-    found = np.searchsorted(keys, (of << 40) + numbers(batch, "number")[which], "right") - 1
+    found = np.searchsorted((rank << 40) + at[order], (of << 40) + number, "right") - 1
     there = (found >= 0) & (steps[found] == wanted)
     return which[there], order[found[there]]

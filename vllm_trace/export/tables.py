@@ -9,7 +9,8 @@ Every table of events begins with the same four columns, which place its rows in
 ``at_ns``    when it began: its own time, or the next one that its process told
 
 and goes on with the event's own fields. Hashes are unsigned, other numbers signed, 64 bits each;
-what an event lacks is null. What has no shape of its own (``settings``, ``sampling``) is JSON text.
+what an event lacks is null, and columns that never are so say it. What has no shape of its own
+(``settings``, ``sampling``) is JSON text.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def arrow_type(name: str, hint: Any) -> pa.DataType:
         return plain[hint]
     origin, inside = get_origin(hint), get_args(hint)
     if origin is list:
-        return pa.list_(arrow_type(name, inside[0]))
+        return pa.list_(pa.field("item", arrow_type(name, inside[0]), nullable=False))
     if origin is tuple:
         return pa.struct([(part, arrow_type(part, of)) for part, of in zip(TUPLES[name], inside)])
     if origin is dict:
@@ -67,8 +68,19 @@ def arrow_type(name: str, hint: Any) -> pa.DataType:
 def schema_of(cls: type[Event]) -> pa.Schema:
     """Columns of the table of a kind."""
     hints = get_type_hints(cls)
-    own = [(n, arrow_type(n, hints[n])) for n in cls.__struct_fields__ if n not in PLACE]
-    return pa.schema([(name, INT) for name in PLACE] + own)
+    own = [
+        pa.field(name, arrow_type(name, hints[name]), nullable=may_lack(hints[name]))
+        for name in cls.__struct_fields__
+        if name not in PLACE
+    ]
+    return pa.schema(
+        [pa.field(name, INT, nullable=name in ("step", "at_ns")) for name in PLACE] + own
+    )
+
+
+def may_lack(hint: Any) -> bool:
+    """Whether an event may be without such a field."""
+    return type(None) in get_args(hint)
 
 
 SCHEMAS: dict[type[Event], pa.Schema] = {cls: schema_of(cls) for cls in EVENT_TYPES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_trace.decode_rule import choose
 from vllm_trace.events import (
     AttentionPlanned,
     PrefixCacheReset,
@@ -171,7 +172,8 @@ class TokenBudget:
     needs=("full", "attention"),
     releases=">=0.11,<0.34",
     doc="CPU: split-kv exactly when the plan has reduction splits. Triton: 3D exactly when everybody"
-    " decodes and there are few sequences. The numbers are those of slots.mapped.",
+    " decodes and there are few sequences. PagedAttention: V1 and V2 by its rule, for the requests of one"
+    " new token. The numbers are those of slots.mapped.",
     mutation="the metadata that the variant is chosen from are of another batch",
     built_in=True,
 )
@@ -195,6 +197,10 @@ class KernelVariant:
             if event.variant != ("3D" if three else "2D"):
                 why = f"{numbers.get('num_seqs')} sequences, threshold {threshold}"
                 return self._other(books, event, "3D" if three else "2D", why)
+        if event.variant in ("V1", "V2") and {"max_seq_len", "num_seqs", "num_heads"} <= {*numbers}:
+            choice = choose(*(numbers[n] for n in ("max_seq_len", "num_seqs", "num_heads")))
+            if event.variant != choice.variant:
+                return self._other(books, event, choice.variant, choice.reason)
         batch = self.batches.get((books.process, event.group))
         if batch is None or batch.step != event.step or not batch.requests:
             return None
@@ -206,10 +212,12 @@ class KernelVariant:
         numbers = event.numbers
         # A CUDA graph is planned for the size it was captured with: as large as the batch or larger.
         exact = "reduction_splits" in numbers
+        rows = _rows_of(event.variant, batch)
         for name, own in (
             ("num_actual_tokens", len(batch.slots)),
-            ("max_query_len", max(batch.query_lens)),
-            ("max_seq_len", max(batch.seq_lens)),
+            ("num_seqs", len(rows)),
+            ("max_query_len", max((query_len for query_len, _ in rows), default=0)),
+            ("max_seq_len", max((seq_len for _, seq_len in rows), default=0)),
         ):
             given = numbers.get(name, own)
             if given < own or (exact and given != own):
@@ -226,3 +234,12 @@ class KernelVariant:
             f"by its rule (group {event.group})",
             step=event.step,
         )
+
+
+def _rows_of(variant: str, batch: SlotsMapped) -> list[tuple[int, int]]:
+    """(new tokens, length) of the requests that a kernel gets: PagedAttention's those of one new token,
+    the one for prefill the others, any other kernel all."""
+    rows = zip(batch.query_lens, batch.seq_lens)
+    if variant in ("V1", "V2"):
+        return [row for row in rows if row[0] == 1]
+    return [row for row in rows if variant != "prefill" or row[0] > 1]

@@ -254,9 +254,11 @@ class BlockPool:
             hashes = [*compress(hashes, mask)]
         cached = self.cached_block_hash_to_block[group_id]
         first_under = cached.setdefault
+        if len(self.cached_block_hash_to_block) > 1:  # they share the blocks
+            for block in full_blocks:
+                block.group_id = group_id
         for block, block_hash in zip(full_blocks, hashes):
             block.block_hash = block_hash
-            block.group_id = group_id
             if first_under(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:

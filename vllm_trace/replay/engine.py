@@ -20,7 +20,8 @@ from vllm_trace.replay.steady_scheduler import SteadyScheduler
 
 OF_A_PLAN = ("scheduled requests", "scheduled tokens")
 OF_A_STEP = (
-    "new requests", "resumed requests", "preempted", "running", "waiting", "free blocks",
+    "new requests", "resumed requests", "preempted", "finished requests",
+    "running", "waiting", "free blocks",
 )  # fmt: skip
 
 
@@ -89,12 +90,14 @@ class EngineReplay(Replay):
             self.require(event, OF_A_PLAN, (requests, counts), mine)
             self.planned, self.order, self.counts = planned, requests, counts
         recorded = (
-            event.new, event.resumed, event.preempted,
+            event.new, event.resumed, event.preempted, event.finished and sorted(event.finished),
             event.num_running, event.num_waiting, event.num_free_blocks,
         )  # fmt: skip
         preempted: list[Any] = output.preempted_req_ids
+        ended: list[Any] = output.finished_req_ids
         made = (
-            output.scheduled_new_reqs, output.scheduled_resumed_reqs, preempted and sorted(preempted),
+            output.scheduled_new_reqs, output.scheduled_resumed_reqs,
+            preempted and sorted(preempted), ended and sorted(ended),
             len(scheduler.running), len(scheduler.waiting), self.pool.free_block_queue.num_free_blocks,
         )  # fmt: skip
         self.require(event, OF_A_STEP, recorded, made)

@@ -39,7 +39,7 @@ class SteadyManager(KVCacheManager):
                 and num_tokens <= request.num_tokens
             ):
                 block, block_hash = table[-1], hashes[num_blocks - 1]
-                block.block_hash, block.group_id = block_hash, 0
+                block.block_hash = block_hash
                 cached = self.block_pool.cached_block_hash_to_block[0]
                 if cached.setdefault(block_hash, block) is not block:
                     cached.add_duplicate(block_hash, block)

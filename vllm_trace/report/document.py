@@ -65,7 +65,7 @@ def document(trace: Salvaged, asked: Asked) -> tuple[dict[str, Any], list[bytes]
         "groups": summary.groups,
         "backends": summary.backends,
         "facts": {k: v for k, v in summary.facts().items() if "." not in k},
-        "findings": findings(summary),
+        "findings": nested(findings(summary)),
         "num_events": summary.num_events,
         "kernels": [asdict(kernel) for kernel in summary.kernels],
         "names": {str(number): name for number, name in trace.names.items()},
@@ -115,6 +115,17 @@ def _notes(trace: Salvaged, asked: Asked, frames: Frames, bodies: Bodies) -> lis
         if not asked.last_step < 1 << 62:
             notes[-1] += ". Others: report TRACE --step N-M"
     return notes
+
+
+def nested(lines: list[str]) -> list[tuple[str, list[str]]]:
+    """Sentences, each with those that follow it further in."""
+    made: list[tuple[str, list[str]]] = []
+    for line in lines:
+        if line.startswith(" ") and made:
+            made[-1][1].append(line.strip())
+        else:
+            made.append((line, []))
+    return made
 
 
 def _engine(summary: Summary) -> dict[str, Any]:

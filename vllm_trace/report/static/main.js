@@ -239,6 +239,10 @@ class App {
 
   // On paper: light, and every figure under the other.
   print(on) {
+    for (const one of document.querySelectorAll(".findings details")) {
+      if (on) one.dataset.was = one.open ? "open" : "";
+      one.open = on || one.dataset.was === "open";
+    }
     if (on) {
       this.play(false);
       document.documentElement.classList.remove("dark");

@@ -74,19 +74,25 @@ class Prefix {
     this.fill(list, this.children[place], level + 1, 40);
     const within = new Set(this.children[place].flatMap((child) => this.model.doc.prefix.nodes[child].requests));
     const here = node.requests.filter((request) => !within.has(request));
-    const blocks = node.blocks.slice(0, 24).map((id) => el("button", { type: "button", text: `block ${id}`,
-      onclick: () => this.app.go(`#events?block=${id}`) }));
-    if (blocks.length) {
-      list.append(el("li", {}, el("span.quiet", { text: "held in " }), el("span.chips", {}, blocks),
-        node.blocks.length > 24 ? el("span.quiet", { text: ` and ${node.blocks.length - 24} more` }) : null));
+    if (node.blocks.length) {
+      list.append(this.chips("held in ", node.blocks, 24, (id) => el("button", { type: "button", text: `block ${id}`,
+        onclick: () => this.app.go(`#events?block=${id}`) })));
     }
     if (here.length) {
-      list.append(el("li", {}, el("span.quiet", { text: "goes on alone: " }), el("span.chips", {}, here.slice(0, 60).map((request) =>
-        el("button", { type: "button", text: this.model.short(request), title: this.model.name(request),
-          onclick: () => this.app.go(`#requests?request=${request}`) }))),
-      here.length > 60 ? el("span.quiet", { text: ` and ${here.length - 60} more` }) : null));
+      list.append(this.chips("goes on alone: ", here, 60, (request) => el("button", { type: "button", text: this.model.short(request),
+        title: this.model.name(request), onclick: () => this.app.go(`#requests?request=${request}`) })));
     }
     item.append(list);
+  }
+
+  chips(label, all, limit, make) {
+    const box = el("span.chips", {}, all.slice(0, limit).map(make));
+    const more = el("button.link", { type: "button", text: `and ${all.length - limit} more`, onclick: () => {
+      box.append(...all.slice(limit).map(make));
+      box.children[limit].focus();
+      more.remove();
+    } });
+    return el("li", {}, el("span.quiet", { text: label }), box, all.length > limit ? more : null);
   }
 
   onKey(event) {

@@ -298,10 +298,11 @@ def main() -> None:
     found = measure(quick, lambda text: print(text, file=sys.stderr), made, only)
     folder = ROOT / "reports" / "bench"
     if only:
+        told["command"] = told["command"].partition(" --only")[0] + " --only NAME"
         before = json.loads((folder / "export_tables.json").read_text())["figures"]
         new = {(one["trace"], one["num_events"]) for one in found}
         found += [one for one in before if (one["trace"], one["num_events"]) not in new]
-        found.sort(key=lambda one: one["trace"])
+        found.sort(key=lambda one: (one["trace"], one["num_events"]))
     write(found, told, folder)
     for row in (HEADS, *rows(found)):
         print(" | ".join(row))

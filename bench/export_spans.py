@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from bench import files, overhead
+from bench import overhead
 from vllm_trace.events import Event, RequestArrived
 from vllm_trace.trace import time_of
 from vllm_trace.tracefile import TraceFile
@@ -73,10 +73,10 @@ def export_spans(path: Path) -> Exporting:
 
 
 def spans(path: Path, counts: tuple[int, ...], folder: Path) -> list[dict[str, Any]]:
-    """The trace repeated to each of these numbers of events."""
+    """The trace prolonged to each of these numbers of events."""
     found = []
     for count in counts:
-        big = files.repeated(path, count, folder / f"{count}-spans.vtrace")
+        big = prolonged(path, count, folder / f"{count}-spans.vtrace")
         found.append(export_spans(big).to_dict())
         big.unlink()
     return found
@@ -107,8 +107,8 @@ def prolonged(path: Path, num_events: int, made: Path) -> Path:
     """The same run again and again in one process: steps, requests and the clock go on, as in a real one."""
     trace = TraceFile(path)
     writer = TraceWriter(made, trace.header)
-    last = max(getattr(event, "at_ns", 0) for event in trace.events())
-    first = next(time for event in trace.events() if (time := time_of(event)) is not None)
+    times = [time for event in trace.events() if (time := time_of(event)) is not None]
+    first, last = min(times), max(times)
     step = max(getattr(event, "step", 0) for event in trace.events())
     request = 1 + max(e.request for e in trace.events() if isinstance(e, RequestArrived))
     for number in count_up():

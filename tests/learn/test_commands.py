@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 from helpers import run_cli
+from recorded import edited
 
 from vllm_trace.learn import book, passages, plan, questions, runs
 from vllm_trace.learn.progress import Progress
@@ -188,3 +189,15 @@ def test_help_is_quick_to_load(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "[]\n" == done.stdout
+
+
+def test_a_name_in_a_trace_cannot_command_the_terminal(learn, tmp_path):
+    def rename(events):
+        for event in events:
+            if event.kind == "request.arrived":
+                event.request_id = f"\x1b[31m{event.request_id}"
+
+    folder = edited(runs.shipped("chunked"), tmp_path / "renamed", rename)
+    code, out, err = learn("see", "3", "--trace", folder)
+    assert (0, "") == (code, err)
+    assert "\x1b" not in out and "␛[31m" in out

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from vllm_trace.cli.printing import console, print_line
+
 
 def show(lines: Sequence[str]) -> None:
     """Headings in bold on a terminal; plain text without ``# `` else."""
     if not sys.stdout.isatty():
-        print("\n".join(line.removeprefix("# ") for line in lines))
+        print_line("\n".join(line.removeprefix("# ") for line in lines))
         return
     from rich.text import Text
-
-    from vllm_trace.cli.printing import console
 
     terminal = console()
     for line in lines:

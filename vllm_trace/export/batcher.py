@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from operator import getitem
 from typing import Any
 
 from vllm_trace import __version__
@@ -25,6 +24,7 @@ from vllm_trace.export.span_bytes import (
     SPAN_ID,
     TRACE_ID,
     more,
+    value_of,
     wire_of,
 )
 from vllm_trace.export.wire import SMALL, number, request, resource_spans
@@ -89,7 +89,7 @@ class Batcher:
                     )  # fmt: skip
                 else:
                     head = _root(TRACE_ID, trace_id, SPAN_ID, span_id, LOCAL, start_ns, END, end_ns)
-                made = b"".join([head, name, *map(getitem, tables, values)])
+                made = b"".join([head, name, *map(value_of, tables, values)])
         except struct.error:
             times = _as_64_bits(start_ns), _as_64_bits(end_ns)
             return self.add(

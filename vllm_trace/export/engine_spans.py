@@ -117,6 +117,8 @@ class Engine:
         self._decodes: deque[tuple[int, int, bytes]] = deque()
         """(place in the log, request, id) of decodes in the order in which they began; some have ended."""
         self._last_step = 0
+        self._look_at = lag + AT_ONCE
+        """Open steps at which it is looked what can go."""
         self._emitted_step = 0
         self._groups: dict[int, int] = {}
         self._groups_of: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
@@ -401,7 +403,7 @@ class Engine:
             self._finish_ending()
         if event.step > self._last_step:
             self._last_step = event.step
-        if len(self.steps) >= self.lag + AT_ONCE:
+        if len(self.steps) >= self._look_at:
             self._emit_steps()
 
     def _gone_before(self, life: Life, results_ns: int) -> bool:
@@ -448,11 +450,13 @@ class Engine:
 
     def _emit_steps(self) -> None:
         """Steps that have waited long enough for their workers' facts."""
-        for step in [*self.steps.values()]:
-            ready = step.updated is not None and self._last_step - step.number >= self.lag
+        while self.steps:
+            oldest = next(iter(self.steps.values()))
+            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
             if not ready and len(self.steps) <= MAX_OPEN_STEPS:
-                return
-            self._emit_step(step)
+                break
+            self._emit_step(oldest)
+        self._look_at = max(self.lag, len(self.steps)) + AT_ONCE
 
     def _emit_step(self, step: Step) -> None:
         del self.steps[step.number]

@@ -38,7 +38,7 @@ class Form:
 
     def attributes(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Values in the order of ``keys`` by name. None stands for none, and so does a missing end."""
-        made = {}
+        made: dict[str, Any] = {}
         for key, value in zip(self.keys, values):
             pairs = [(key, value)] if isinstance(key, str) else zip(key, value)
             made |= {name: one for name, one in pairs if one is not None}

@@ -39,6 +39,9 @@ _LINK_FLAGS = 0x35
 MAX_KNOWN = 1 << 13
 """Values of a name that are remembered."""
 
+value_of: Callable[[Any, Any], bytes] = getitem
+"""(what makes bytes of a value, the value) → the bytes."""
+
 LARGEST_KNOWN = 1 << 20
 """Larger numbers are times, of which none comes again."""
 
@@ -121,7 +124,7 @@ class Together(dict[tuple[Any, ...], bytes]):
     def __missing__(self, values: tuple[Any, ...]) -> bytes:
         if len(self) >= MAX_KNOWN:
             self.clear()
-        made = self[values] = b"".join(map(getitem, self._values, values))
+        made = self[values] = b"".join(map(value_of, self._values, values))
         return made
 
 
@@ -167,7 +170,7 @@ def event(one: SpanEvent) -> bytes:
     """``Span.Event`` as a field of the span."""
     name, tables = one.form.wire or _event_wire_of(one.form)
     time = _EVENT_TIME.pack(0x09, one.at_ns & U64)
-    body = b"".join([time, name, *map(getitem, tables, one.values)])
+    body = b"".join([time, name, *map(value_of, tables, one.values)])
     made = one.wire = b"\x5a" + number(len(body)) + body
     return made
 
@@ -250,7 +253,7 @@ def start_allocate(
     else:
         block, after, before = number(block), number(after), number(before)
     pack, first, second, third = _one_block[len(block), len(after), len(before)]
-    return pack(  # type: ignore[no-any-return]
+    return pack(
         TRACE_ID, trace_id, SPAN_ID, span_id, PARENT_ID, parent_id, LOCAL, start, END, end,
         first, block, second, after, third, before,
     )  # fmt: skip
@@ -267,7 +270,7 @@ def start_engine_step(
     head = pack(
         TRACE_ID, trace_id, SPAN_ID, span_id, LOCAL, start, END, end, first, step, second, free
     )
-    return b"".join([head, *map(getitem, ENGINE_STEP.wire[1][2:], values[2:])])
+    return b"".join([head, *map(value_of, ENGINE_STEP.wire[1][2:], values[2:])])
 
 
 _STARTS: dict[Form, Start] = {ALLOCATE: start_allocate, ENGINE_STEP: start_engine_step}

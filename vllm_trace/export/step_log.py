@@ -39,7 +39,7 @@ class StepLog:
         """A range as bytes, made once for all requests. Its events, and those before, change no more."""
         starts, first = self._starts, self.begin
         for event in self.events[len(starts) - 1 : end - first]:
-            self._bytes += encode(event)
+            self._bytes += event.wire or encode(event)
             starts.append(starts[0] + len(self._bytes))
         return self._bytes[starts[begin - first] - starts[0] : starts[end - first] - starts[0]]
 

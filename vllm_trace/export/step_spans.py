@@ -229,5 +229,5 @@ def _emit_attention(
             tree.add(resource, ATTENTION, start, dur, (choice, sum(durs)), forward)
     for group, plan in plans.items():
         if group not in timed:
-            choice = group, plan.kernel, plan.variant, None, None, None, None
-            tree.add(resource, ATTENTION, forward_start, forward_dur, (choice,), forward)
+            untimed = group, plan.kernel, plan.variant, None, None, None, None
+            tree.add(resource, ATTENTION, forward_start, forward_dur, (untimed,), forward)

@@ -32,6 +32,9 @@ os.environ |= {
 # A shell has what it runs in the background ignore Ctrl-C, and so does all that is started from there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# So does nohup with the end of the terminal.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples each time; VTRACE_HYPOTHESIS_EXAMPLES asks for more of them.
 settings.register_profile(

@@ -18,6 +18,17 @@ from vllm_trace.checkpoints import checkpoint
 from vllm_trace.runner import quiet_environment
 
 
+def clients():
+    """An HTTP client for any number of requests at once. Each has a connection of its own: one that was
+    kept open may be closed by the server at the moment in which it is used again."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=240),
+    )
+
+
 class Server:
     """A server that is started; its trace goes to ``made`` in the folder, what it says to ``log``."""
 

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from helpers import command, ran, run_cli
-from server import Server
+from server import Server, clients
 
 from vllm_trace.events import (
     RequestArrived,
@@ -164,14 +164,10 @@ def following(servers):
 
 
 def test_a_server_with_200_clients_until_ctrl_c(servers, following):
-    import aiohttp
-
     server = servers[0]
 
-    async def clients() -> list[tuple[str, int, int]]:
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=240)
-        ) as session:
+    async def served() -> list[tuple[str, int, int]]:
+        async with clients() as session:
             await server.ready(session)
             following.start()
             await following.looked()
@@ -186,7 +182,7 @@ def test_a_server_with_200_clients_until_ctrl_c(servers, following):
                 answers.append(await server.complete(session, "once more", 900))
             return answers
 
-    answers = asyncio.run(clients())
+    answers = asyncio.run(served())
     server.process.send_signal(signal.SIGINT)
     assert 0 == server.process.wait(timeout=60), server.log
     assert f"vllm-trace: {len(answers)} requests, " in server.log
@@ -278,12 +274,10 @@ async def arrivals(folder: Path, number: int) -> None:
 
 
 def test_a_server_that_is_terminated_under_load(servers):
-    import aiohttp
-
     server = servers[1]
 
     async def load() -> int:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
+        async with clients() as session:
             await server.ready(session)
             begun = [
                 asyncio.create_task(server.complete(session, f"request {i}", 900))

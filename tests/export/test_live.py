@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from helpers import run_cli
-from server import Server
+from server import Server, clients
 
 from export.receiver import Inbox, assert_trees, grpc_receiver, http_receiver, values
 from vllm_trace.export import attributes as a
@@ -131,9 +131,7 @@ def client_span(number: int) -> str:
 
 
 async def _ask(server: Server) -> list[tuple[str, int, int]]:
-    import aiohttp
-
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=240)) as session:
+    async with clients() as session:
         await server.ready(session)
 
         def complete(number: int) -> Coroutine[Any, Any, tuple[str, int, int]]:

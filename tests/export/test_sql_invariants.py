@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("pyarrow", reason="not installed: pip install 'vllm-trace[export]'")
 pytest.importorskip("duckdb", reason="not installed: pip install 'vllm-trace[export]'")
 
-from invariants import test_checking as edits
-from invariants.test_checking import first
+from invariants import changes as edits
+from invariants.changes import first
 from recorded import edited
 
 from vllm_trace.export import export

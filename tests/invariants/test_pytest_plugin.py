@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from invariants.test_checking import GOLD, gold, null_block_written
+from invariants.changes import GOLD, gold, null_block_written
 from vllm_trace import scenario
 from vllm_trace.invariants.pytest_plugin import Recording
 from vllm_trace.tracewriter import TraceWriter

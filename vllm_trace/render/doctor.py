@@ -12,7 +12,6 @@ from rich.text import Text
 from vllm_trace.doctor import Diagnosis
 from vllm_trace.hooks.resolve import Resolution
 
-
 COMPILED = {True: "compiled", False: "not compiled (slower, the same otherwise)"}
 
 

@@ -7,9 +7,7 @@ many that serve every case. Whatever is not exactly one of the two goes ``mini``
 
 from __future__ import annotations
 
-from typing import Any
-
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, RequestBlocks
+from vllm_trace.mini.kv_cache_manager import KVCacheManager, RequestBlocks
 from vllm_trace.mini.request import Request
 
 

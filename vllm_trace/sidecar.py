@@ -199,7 +199,8 @@ class Watch:
         self._since: float | None = None
 
     def __call__(self, followed: Any) -> bool:
-        if not followed.files or followed.is_written:
+        begun = followed.files or followed.lost
+        if followed.is_written or not begun:
             self._since = None
             return False
         if self._since is None:

@@ -25,7 +25,7 @@ from vllm_trace.errors import UsageError
 from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, StepScheduled
 from vllm_trace.export import ExportOptions, streaming
 from vllm_trace.export.spans import spans
-from vllm_trace.growing import FollowedTrace, GrowingFile
+from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import SUFFIX
 from vllm_trace.tracewriter import TraceWriter, seal
@@ -188,10 +188,10 @@ def subprocess_that_ended() -> int:
 def test_steps_that_lean_on_the_one_before_are_whole(tmp_path):
     """On disk a list is left out when it is as in the last step; a follower puts it back."""
     writer = TraceWriter(tmp_path / f"main-1{SUFFIX}", HEADER)
-    followed, steps = FollowedTrace(tmp_path), []
+    followed, steps = GrowingTrace(tmp_path), []
 
     def poll():
-        for _, events in followed.poll():
+        for _, events in followed.new_batches():
             steps.extend(event.requests for event in events)
 
     writer.write([StepScheduled(1, 1, 1, 1, 0, 5, 0, [3], [1])])
@@ -203,22 +203,6 @@ def test_steps_that_lean_on_the_one_before_are_whole(tmp_path):
     writer.close({})
     poll()
     assert [[3], [3], [3]] == steps
-
-
-def test_a_damaged_file_ends_and_the_others_go_on(tmp_path):
-    first = TraceWriter(tmp_path / f"engine-1{SUFFIX}", HEADER)
-    second = TraceWriter(tmp_path / f"worker-2{SUFFIX}", HEADER)
-    followed = FollowedTrace(tmp_path)
-    first.write([BlocksFreed([1], [0])])
-    assert 1 == len(list(followed.poll()))
-    with open(first.path, "ab") as file:
-        file.write(b"E" + b"\xff" * 100)
-    second.write([BlocksFreed([2], [0])])
-    assert [1] == [index for index, _ in followed.poll()]
-    assert [first.path] == list(followed.broken) and "damaged" in followed.problems[0]
-    second.close({})
-    assert [] == list(followed.poll())
-    first.close({})
 
 
 # Sending ----------------------------------------------------------------------------------

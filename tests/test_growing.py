@@ -102,7 +102,8 @@ def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
     writer = TraceWriter(path, HEADER)
     file = GrowingFile(path)
     writer.write([BlocksTaken(list(range(20_000)))])
-    head_of = growing.TAIL
+    tail_path = path.with_name(path.name + TAIL_SUFFIX)
+    head_of, after = growing.TAIL, []
 
     class Emptying:
         size = head_of.size
@@ -110,16 +111,21 @@ def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
         @staticmethod
         def unpack(head):
             monkeypatch.setattr(growing, "TAIL", head_of)
-            monkeypatch.setattr(writer, "_begin_tail", zero)
             writer.flush_tail()
+            with open(tail_path, "r+b") as tail:  # its zeros are there, its new head is not yet
+                after.append(tail.read(head_of.size))
+                tail.seek(0)
+                tail.write(head)
             return head_of.unpack(head)
-
-    def zero():
-        writer._tail[head_of.size : writer._used] = bytes(writer._used - head_of.size)
 
     monkeypatch.setattr(growing, "TAIL", Emptying)
     assert [] == new(file)
+    with open(tail_path, "r+b") as tail:
+        tail.write(*after)
     assert [BlocksTaken(list(range(20_000)))] == new(file)
+    writer.write([BlocksTaken([7])])
+    assert [BlocksTaken([7])] == new(file)
+    writer.close({})
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):

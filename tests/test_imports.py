@@ -25,12 +25,13 @@ ROOMS = {
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
     "tracewriter": (["errors", "events", "packing", "tracefile"], ["msgspec", "zstandard"]),
     "compiled": ([], []),
+    "counting": ([], []),
     "recorder": (
         ["__init__", "compiled", "events", "options", "packing", "tracefile", "tracewriter"],
         [],
     ),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
-    "sidecar": (["errors", "tracefile"], []),
+    "sidecar": (["counting", "errors", "tracefile"], []),
     "decode_rule": ([], []),
     "device_clock": ([], []),
     "patches": (["decode_rule", "device_clock", "events", "hooks", "packing", "recorder"], []),
@@ -88,6 +89,7 @@ ROOMS = {
     "export": (
         [
             "__init__",
+            "counting",
             "errors",
             "events",
             "explain",

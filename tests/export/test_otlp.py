@@ -295,7 +295,7 @@ def test_the_exit_code_tells_what_was_lost(tmp_path, capsys, monkeypatch):
     inbox.reject = 1
     with grpc_receiver(inbox) as url:
         assert 1 == main(["export", str(GOLD / "hello.vtrace"), "--to", "otlp", "-o", url])
-    assert "1 spans were not delivered" in capsys.readouterr().err
+    assert "1 span was not delivered" in capsys.readouterr().err
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     assert 2 == main(["export", str(GOLD / "hello.vtrace"), "--to", "otlp", "-o", closed_port()])
     assert "nothing was delivered" in capsys.readouterr().err

@@ -388,7 +388,7 @@ def test_export_follows_by_hand_until_the_writers_are_gone(tmp_path):
             "export", tmp_path / "t", "--to", "otlp", "-o", url, "--follow", cwd=tmp_path
         )
     assert 0 == done.returncode, done.stderr
-    assert f"vllm-trace: 148 spans of 1 requests to {url}\n" == done.stderr
+    assert f"vllm-trace: 148 spans of 1 request to {url}\n" == done.stderr
 
 
 def test_ctrl_c_ends_the_following_and_what_was_read_is_sent(tmp_path):

@@ -34,6 +34,9 @@ class OpenSteps:
         self._look_at = lag + AT_ONCE
         """Open steps at which it is looked what can go."""
 
+    def __len__(self) -> int:
+        return len(self._steps)
+
     def at(self, number: int) -> Step:
         found = self._steps.get(number)
         if found is None:

@@ -205,6 +205,17 @@ def test_steps_that_lean_on_the_one_before_are_whole(tmp_path):
     assert [[3], [3], [3]] == steps
 
 
+def test_who_follows_a_trace_ends_when_it_is_removed(tmp_path):
+    watch, trace = sidecar.Watch(seconds=-1), GrowingTrace(tmp_path)
+    assert not list(trace.new_batches()) and not watch(trace)  # it may still come
+    writer = TraceWriter(tmp_path / f"main-1{SUFFIX}", HEADER | {"pid": os.getpid()})
+    assert not list(trace.new_batches()) and not watch(trace)
+    writer.path.unlink()
+    assert not list(trace.new_batches()) and watch(trace)
+    assert [f"{writer.path} was removed while it was read"] == trace.problems
+    writer.close({})
+
+
 # Sending ----------------------------------------------------------------------------------
 
 

@@ -420,7 +420,7 @@ def test_ctrl_c_ends_the_following_and_what_was_read_is_sent(tmp_path):
         _, said = process.communicate(timeout=60)
     live.close({})
     growing.writer.close({})
-    assert 0 == process.returncode and "spans of 1 requests" in said
+    assert 0 == process.returncode and "spans of 1 request to" in said
     assert "llm_request" in {span.name for span, _ in inbox.spans}
 
 

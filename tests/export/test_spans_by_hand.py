@@ -150,7 +150,7 @@ def test_a_long_decode_is_several_spans_and_the_log_stays_short(tmp_path):
     assert all(1 <= len(one.events) <= 16 for one in decodes)
     assert [*range(2, 100)] == [e.attributes[a.STEP] for one in decodes for e in one.events]
     assert longest <= 17
-    assert not fold.engines[0].steps and not fold.engines[0].lives
+    assert not fold.engines[0].steps.open and not fold.engines[0].lives
 
 
 def test_async_scheduling_ends_a_request_with_a_step_in_flight(tmp_path):

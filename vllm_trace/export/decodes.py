@@ -32,17 +32,10 @@ class Decodes:
         """That one of these steps computes for them."""
         self.in_flight: dict[int, int] = {}
         """Step without results → its place in the log."""
-        self._batch_of: tuple[Any, Any] | None = None
-        """The composition that ``batch`` is of, when all of it decodes."""
-        self._begun: deque[tuple[int, int, bytes]] = deque()
+        self.batch_of: tuple[Any, Any] | None = None
+        """The composition that ``batch`` is of, when all of it decodes: a step of the same one is but noted."""
+        self.begun: deque[tuple[int, int, bytes]] = deque()
         """(place in the log, request, id) in the order in which they began; some have ended."""
-
-    def go_on(self, event: StepScheduled, at_ns: int) -> bool:
-        """Whether this step is of those that decoded in the one before, and of nobody else; it is noted then."""
-        if self._batch_of is None or (event.requests, event.num_tokens) != self._batch_of:
-            return False
-        self._note(event.step, at_ns)
-        return True
 
     def compose(
         self, event: StepScheduled, at_ns: int, joining: list[Life], num_staying: int, tokens: int
@@ -61,12 +54,12 @@ class Decodes:
             life.open = end
             batch[life.number] = life
         if batch:
-            self._note(event.step, at_ns)
+            self.note(event.step, at_ns)
         whole = len(batch) == len(event.requests or ()) > 0
-        self._batch_of = (event.requests, event.num_tokens) if whole else None
+        self.batch_of = (event.requests, event.num_tokens) if whole else None
         self.num_tokens = tokens
 
-    def _note(self, step: int, at_ns: int) -> None:
+    def note(self, step: int, at_ns: int) -> None:
         """Put a step into the log."""
         made = SpanEvent(STEP, at_ns + self.offset, (step,))
         self.in_flight[step] = self.log.append(made)
@@ -74,17 +67,15 @@ class Decodes:
     def leave(self, request: int) -> None:
         """It is not in the next step, which is looked at anew."""
         self.batch.pop(request, None)
-        self._batch_of = None
+        self.batch_of = None
 
     def _begin(self, life: Life, event: StepScheduled, place: int) -> None:
         life.begin_decode(event)
-        self._begun.append((place, life.number, life.decode_id))
+        self.begun.append((place, life.number, life.decode_id))
 
     def split(self, event: StepScheduled, lives: Mapping[int, Life]) -> None:
         """Decodes that are long enough end before this step, the last of the log, and begin anew with it."""
-        log, begun = self.log, self._begun
-        if not begun or log.end - begun[0][0] < self.max_steps:
-            return
+        log, begun = self.log, self.begun
         end = log.end - 1 if event.step in self.in_flight else log.end
         while begun:
             began, number, decode_id = begun[0]

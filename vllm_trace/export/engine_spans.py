@@ -203,7 +203,8 @@ class Engine:
         step = self.steps.at(event.step)
         step.scheduled = event
         decodes = self.decodes
-        if decodes.go_on(event, self.last_ns):
+        if (event.requests, event.num_tokens) == decodes.batch_of:
+            decodes.note(event.step, self.last_ns)
             step.decode_tokens = decodes.num_tokens
         else:
             self._compose(step, event)
@@ -211,7 +212,8 @@ class Engine:
             self._settle(at, self.last_ns, event.step)
         self._refused = -1
         self._free = event.num_free_blocks
-        decodes.split(event, self.lives)
+        if decodes.begun and decodes.log.end - decodes.begun[0][0] >= decodes.max_steps:
+            decodes.split(event, self.lives)
 
     def _compose(self, step: Step, event: StepScheduled) -> None:
         """A step unlike the one before: look at each request that did not decode in that."""
@@ -258,8 +260,7 @@ class Engine:
 
     def updated(self, event: StepUpdated) -> None:
         end = self.last_ns = event.started_ns + event.dur_ns
-        step = self.steps.at(event.step)
-        step.updated = event
+        step = self.steps.done(event)
         counts = event.num_output_tokens
         place = self.decodes.updated(event.step, event.started_ns, counts is not None)
         if step.scheduled is not None:
@@ -278,7 +279,8 @@ class Engine:
             self._settle(event.started_ns, end, event.step)
         if self._ending:
             self._finish_ending()
-        self.steps.done(event.step)
+        if len(self.steps.open) >= self.steps.look_at:
+            self.steps.look()
 
     def _gone_before(self, life: Life, results_ns: int) -> bool:
         """Whether it was aborted while the step ran: vLLM throws its results away."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_trace.events import StepUpdated
 from vllm_trace.export.step_spans import Step
 
 LAG = 4
@@ -29,23 +30,20 @@ class OpenSteps:
         self.late = 0
         """Facts of workers that came when their step had been emitted."""
         self._emit = emit
-        self._steps: dict[int, Step] = {}
+        self.open: dict[int, Step] = {}
         self._last_done = self._last_emitted = 0
-        self._look_at = lag + AT_ONCE
+        self.look_at = lag + AT_ONCE
         """Open steps at which it is looked what can go."""
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
     def at(self, number: int) -> Step:
-        found = self._steps.get(number)
+        found = self.open.get(number)
         if found is None:
-            found = self._steps[number] = Step(number)
+            found = self.open[number] = Step(number)
         return found
 
     def worked(self, process: Any, event: Any) -> None:
         """A worker's fact about a step."""
-        if event.step <= self._last_emitted and event.step not in self._steps:
+        if event.step <= self._last_emitted and event.step not in self.open:
             self.late += 1
             return
         step = self.at(event.step)
@@ -56,37 +54,40 @@ class OpenSteps:
             told = step.parts[process] = []
         told.append(event)
 
-    def done(self, number: int) -> None:
-        """The results of a step are in: emit those that have waited long enough."""
+    def done(self, event: StepUpdated) -> Step:
+        """The results of a step are in."""
+        number = event.step
         if number > self._last_done:
             self._last_done = number
-        if len(self._steps) >= self._look_at:
-            self._look()
+        step = self.open.get(number) or self.at(number)
+        step.updated = event
+        return step
 
-    def _look(self) -> None:
-        while self._steps:
-            oldest = next(iter(self._steps.values()))
+    def look(self) -> None:
+        """Emit those that have waited long enough."""
+        while self.open:
+            oldest = next(iter(self.open.values()))
             ready = oldest.updated is not None and self._last_done - oldest.number >= self.lag
-            if not ready and len(self._steps) <= MAX_OPEN:
+            if not ready and len(self.open) <= MAX_OPEN:
                 break
             self._leave(oldest)
-        self._look_at = max(self.lag, len(self._steps)) + AT_ONCE
+        self.look_at = max(self.lag, len(self.open)) + AT_ONCE
 
     def _leave(self, step: Step) -> None:
-        del self._steps[step.number]
+        del self.open[step.number]
         self._last_emitted = max(self._last_emitted, step.number)
         self._emit(step)
 
     def settle(self) -> None:
         """Nothing more is coming for now: steps whose results are in need not wait."""
-        for step in [step for step in self._steps.values() if step.updated is not None]:
+        for step in [step for step in self.open.values() if step.updated is not None]:
             self._leave(step)
 
     def cut_short(self) -> list[Step]:
         """Those that are open when the trace ends."""
-        return [*self._steps.values()]
+        return [*self.open.values()]
 
     def end(self) -> None:
         """The trace is over."""
-        for step in [*self._steps.values()]:
+        for step in [*self.open.values()]:
             self._leave(step)

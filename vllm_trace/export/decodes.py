@@ -97,8 +97,8 @@ class Decodes:
     def updated(self, step: int, at_ns: int, one_each: bool) -> int | None:
         """Results of a step are in. Returns its place in the log, if it has one."""
         place = self.in_flight.pop(step, None)
-        logged = None if place is None else self.log.at(place)
-        if logged is not None:
+        if place is not None and place >= self.log.begin:
+            logged = self.log.at(place)
             logged.at_ns, logged.wire = at_ns + self.offset, None
             if one_each:
                 logged.values = (step, 1)

@@ -26,8 +26,9 @@ ROOMS = {
     "tracewriter": (["errors", "events", "packing", "tracefile"], ["msgspec", "zstandard"]),
     "compiled": ([], []),
     "recorder": (["__init__", "events", "options", "packing", "tracefile", "tracewriter"], []),
+    "counting": ([], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
-    "sidecar": (["errors", "tracefile"], []),
+    "sidecar": (["counting", "errors", "tracefile"], []),
     "decode_rule": ([], []),
     "device_clock": ([], []),
     "patches": (["decode_rule", "device_clock", "events", "hooks", "packing", "recorder"], []),
@@ -85,6 +86,7 @@ ROOMS = {
     "export": (
         [
             "__init__",
+            "counting",
             "errors",
             "events",
             "explain",

@@ -22,9 +22,10 @@ ROOMS = {
     "writing": ([], []),
     "options": (["errors"], []),
     "packing": (["events"], ["msgspec"]),
-    "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
+    "tracefile": (["errors", "events", "whole"], ["msgspec", "zstandard"]),
     "tracewriter": (["errors", "events", "packing", "tracefile"], ["msgspec", "zstandard"]),
     "compiled": ([], []),
+    "whole": (["errors", "events"], []),
     "recorder": (
         ["__init__", "compiled", "events", "options", "packing", "tracefile", "tracewriter"],
         [],

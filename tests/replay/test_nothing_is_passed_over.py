@@ -17,7 +17,7 @@ MIXED = Path(__file__).parents[1] / "gold" / "mixed.vtrace"
 BOTH = ("manager", "engine")
 COMPARED = [
     (ev.BlockEvicted, BOTH, ("block", "hashes", None)),
-    (ev.BlocksCached, BOTH, ("blocks", "group", None)),
+    (ev.BlocksCached, BOTH, ("blocks", "first", "group", None)),
     (ev.BlocksFreed, BOTH, ("blocks", "ref_cnts", None)),
     (ev.BlocksTaken, BOTH, ("blocks", None)),
     (ev.BlocksTouched, BOTH, ("blocks", "ref_cnts", None)),
@@ -25,10 +25,11 @@ COMPARED = [
     (ev.PrefixLookedUp, ("engine",), ("request", None)),
     (ev.SlotsAllocated, BOTH, ("blocks", "num_hit_tokens", "num_free_blocks")),
     (ev.SlotsAllocated, ("engine",), ("request", "num_new_tokens", None)),
-    (ev.SlotsRefused, BOTH, ("num_free_blocks",)),
+    (ev.SlotsRefused, BOTH, ("num_hit_tokens", "num_free_blocks", "num_wanted_blocks")),
     (ev.SlotsRefused, ("engine",), ("request", "num_new_tokens", None)),
     (ev.RequestFreed, ("engine",), ("request",)),
-    (ev.RequestPreempted, BOTH, ("request", "num_computed_tokens")),
+    (ev.RequestFinished, BOTH, ("num_output_tokens", "num_preemptions")),
+    (ev.RequestPreempted, BOTH, ("request", "num_computed_tokens", "num_free_blocks")),
     (ev.RequestPreempted, ("engine",), (None,)),
     (ev.StepScheduled, BOTH, ("num_free_blocks",)),
     (ev.StepScheduled, ("manager",), ("num_kept",)),

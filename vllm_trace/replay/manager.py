@@ -202,7 +202,9 @@ class ManagerReplay(Replay):
     def preempted(self, event: RequestPreempted) -> None:
         request = self.requests[event.request]
         num_free = self.pool.free_block_queue.num_free_blocks
-        self.told.append(("request.preempted", event.request, request.num_computed_tokens, num_free))
+        self.told.append(
+            ("request.preempted", event.request, request.num_computed_tokens, num_free)
+        )
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         if self.rules.stale_output_waits:

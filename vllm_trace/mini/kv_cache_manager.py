@@ -199,18 +199,18 @@ class KVCacheManager:
         num_left_free = self.watermark_blocks if is_beside else 0
         num_usable = self.block_pool.free_block_queue.num_free_blocks - num_left_free
         whole = min(request.num_tokens, self.max_model_len) if full_sequence_must_fit else 0
-        fits = self._fits(num_slots, hits, num_computed, num_usable)
-        if whole and not self._fits(whole, hits, num_computed, num_usable, capped=True):
-            fits = False
-            if not self.rules.whole_sequence_test_inside:
-                num_new_tokens, num_slots = whole - num_computed, 0
-        if not fits:
-            num_wanted = num_left_free + max(
-                self._count_wanted(num_slots, hits, num_computed),
-                self._count_wanted(whole, hits, num_computed, capped=True),
-            )
-            self._refuse(request, num_new_tokens, num_new_computed_tokens, num_wanted)
-            return None
+        most = whole if whole > num_slots else num_slots
+        # More than this is never needed, not even if every hit lies in the free queue.
+        if -(-most // self.block_size) * len(self.groups) > num_usable:
+            num_wanted = self._count_wanted(whole, hits, num_computed, capped=True) if whole else 0
+            if num_wanted > num_usable and not self.rules.whole_sequence_test_inside:
+                num_new_tokens = whole - num_computed
+            elif num_slots > whole or self._windows:  # else the whole sequence needs no less
+                num_wanted = max(num_wanted, self._count_wanted(num_slots, hits, num_computed))
+            if num_wanted > num_usable:
+                num_wanted += num_left_free
+                self._refuse(request, num_new_tokens, num_new_computed_tokens, num_wanted)
+                return None
 
         held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
@@ -324,19 +324,10 @@ class KVCacheManager:
     def reset_prefix_cache(self) -> bool:
         return self.block_pool.reset_prefix_cache()
 
-    def _fits(
-        self, num_slots: int, hits: Blocks, num_computed: int, num_usable: int, capped: bool = False
-    ) -> bool:
-        """Whether a new request uses up at most `num_usable` free blocks: new ones, and hits that nobody holds now."""
-        num_required = -(-num_slots // self.block_size)
-        if num_required * len(self.groups) <= num_usable:
-            return True  # even if every hit were in the free queue; the exact count is never higher
-        return self._count_wanted(num_slots, hits, num_computed, capped) <= num_usable
-
     def _count_wanted(
         self, num_slots: int, hits: Blocks, num_computed: int, capped: bool = False
     ) -> int:
-        """How many free blocks a new request uses up."""
+        """How many free blocks a new request uses up: new ones, and hits that nobody holds now."""
         num_required = -(-num_slots // self.block_size)
         needed = 0
         for manager, group_hits in zip(self.managers, hits):

@@ -106,7 +106,7 @@ def as_plain(operations: int, rounds: int, traces: list[Path]) -> dict[str, Any]
     }
     command = [sys.executable, "-c", PLAIN, str(operations), str(rounds), *map(str, traces)]
     done = subprocess.run(
-        command, check=True, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True
+        command, check=True, cwd=ROOT, env=environ, capture_output=True, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 

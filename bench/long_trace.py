@@ -24,7 +24,14 @@ MAKE = {
     "blocks.touched": lambda ids, counts: ev.BlocksTouched(ids, counts),
     "blocks.freed": lambda ids, counts: ev.BlocksFreed(ids, counts),
     "request.freed": lambda request: ev.RequestFreed(request),
-    "slots.refused": lambda r, new, free: ev.SlotsRefused(r, new, 0, free),
+    "slots.refused": lambda r, new, hit, free, wanted: ev.SlotsRefused(
+        r, new, hit, free, num_wanted_blocks=wanted
+    ),
+    "request.preempted": lambda r, lost, free: ev.RequestPreempted(r, lost, free),
+    "request.finished": lambda r, reason, made, lost: ev.RequestFinished(r, 1, reason, made, lost),
+    "blocks.cached": lambda r, group, first, ids, hashes: ev.BlocksCached(
+        r, group, first, ids, hashes
+    ),
 }
 
 
@@ -70,24 +77,11 @@ class Writer:
         elif kind == "prefix.looked_up":
             self.hits = fields[3]
             self.batch.append(ev.PrefixLookedUp(*fields[:3], fields[3] or [[]], []))
-        elif kind == "blocks.cached":
-            _, group, ids, hashes = fields
-            first = (
-                self.manager.requests[request]
-                .tables[0]
-                .index(self.manager.block_pool.blocks[ids[0]])
-            )
-            self.batch.append(ev.BlocksCached(request, group, first, ids, hashes))
         elif kind == "slots.allocated":
             _, new, hit, ids, free = fields
             self.grown.add(request)
             hits = self.hits if hit else []
             self.batch.append(ev.SlotsAllocated(request, new, hit, ids, hits, free))
-        elif kind == "request.preempted":
-            free = self.manager.block_pool.get_num_free_blocks()
-            self.batch.append(ev.RequestPreempted(request, fields[1], free))
-        elif kind == "request.finished":
-            self.batch.append(ev.RequestFinished(request, 1, fields[1], 1, 0))
 
     def arrive(self, request: int, rng: random.Random) -> None:
         num_tokens = rng.randrange(20, 200)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import starmap
+from itertools import starmap, zip_longest
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -46,9 +47,24 @@ print(count, took, peak)
 """One reading in a fresh process: (events, CPU seconds, kB at the highest)."""
 
 
+PLAIN = """
+import json, sys
+from pathlib import Path
+from bench import mini_block_manager, oracle
+from vllm_trace.compiled import is_compiled
+assert not is_compiled()
+operations, rounds, paths = int(sys.argv[1]), int(sys.argv[2]), [Path(path) for path in sys.argv[3:]]
+made = {"block_manager": mini_block_manager.measure(operations, 0, rounds)}
+made["speed"] = {path.name: oracle.speeds(path, rounds) for path in paths}
+print(json.dumps(made))
+"""
+"""The same of the checkout, in a process of its own."""
+
+
 def measure(quick: bool, tell: Callable[[str], object]) -> dict[str, Any]:
     """All figures, as plain values."""
     from bench import long_trace, mini_block_manager
+    from vllm_trace.compiled import is_compiled
 
     figures: dict[str, Any] = {}
     tell("mini's block manager against vLLM's")
@@ -62,6 +78,9 @@ def measure(quick: bool, tell: Callable[[str], object]) -> dict[str, Any]:
             record(folder / name, 1000 if quick else 8000, num_blocks)
             tell(f"replay and check: {name}")
             figures["speed"][name] = speeds(folder / name, 2 if quick else 5)
+        if is_compiled():
+            tell("the same as plain Python")
+            figures["plain"] = as_plain(operations, 2, [folder / name for name in WORKLOADS])
         tell("the same rules in SQL")
         # A query has fixed costs: in a short trace they would favour ``check``.
         figures["sql"] = []
@@ -76,6 +95,20 @@ def measure(quick: bool, tell: Callable[[str], object]) -> dict[str, Any]:
                 figures["memory"].append({"what": what} | read(what, path))
             path.unlink()
     return figures
+
+
+def as_plain(operations: int, rounds: int, traces: list[Path]) -> dict[str, Any]:
+    """What is compiled here, as plain Python: fewer rounds, so its spread says less."""
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONSAFEPATH")
+    }
+    command = [sys.executable, "-c", PLAIN, str(operations), str(rounds), *map(str, traces)]
+    done = subprocess.run(
+        command, check=True, cwd=ROOT, env=environ, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def record(folder: Path, steps: int, num_blocks: int) -> None:
@@ -232,47 +265,66 @@ SAID = {
     "alone": "floor: mini alone, nothing read or compared",
     "check": "check, 21 rules",
 }
-HEADS = ("what", "figure", "spread", "target")
+HEADS = ("what", "figure", "spread", "as plain Python", "target")
+UNITS = (("decisions", "M decisions/s"), ("stored", "M stored events/s"))
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(what, figure, spread, target)."""
-    made = []
-    for kind in figures["block_manager"]["kinds"]:
-        low, high = min(kind["ratios"]), max(kind["ratios"])
-        times = f"{kind['vllm_us']:.2f} µs / {kind['mini_us']:.2f} µs = "
-        target = f"≥ {kind['target']:g}×" if kind["target"] else ""
-        ratio = f"{times}{statistics.median(kind['ratios']):.2f}×"
-        made.append(
-            (f"mini against vLLM: {kind['name']}", ratio, f"{low:.2f} … {high:.2f}", target)
-        )
+    """(what, figure, spread, figure as plain Python if it is another, target)."""
+    made = _block_manager_rows(figures)
     for workload, speed in figures["speed"].items():
-        per_event = 1 + speed["silent_calls"] / speed["num_events"]
-        for name, (low, median, high) in speed["events_per_s"].items():
-            figure = f"{median * per_event / 1e6:.2f} M decisions/s = {median / 1e6:.3f} M stored events/s"
-            spread = f"{low * per_event / 1e6:.2f} … {high * per_event / 1e6:.2f}"
-            if name == "check":  # it judges what is stored
-                figure = f"{median / 1e6:.3f} M stored events/s"
-                spread = f"{low / 1e6:.3f} … {high / 1e6:.3f}"
-            target = "≥ 1 M/s" if name in ("manager", "engine") else ""
-            what = SAID.get(name, f"replay, {name}")
-            made.append((f"{workload}: {what}", figure, spread, target))
+        plain = figures["plain"]["speed"][workload] if "plain" in figures else None
+        made += _speed_rows(workload, speed, plain)
     for sql in figures["sql"]:
         if "absent" in sql:
-            made.append(("check against DuckDB SQL", sql["absent"], "", "≥ 1.2×"))
+            made.append(("check against DuckDB SQL", sql["absent"], "", "", "≥ 1.2×"))
             continue
         ratios = sql["ratios"]
         times = f"{sql['sql_s']:.2f} s / {sql['check_s']:.2f} s"
         figure = f"{sql['num_events']:,} events: {times} = {statistics.median(ratios):.2f}×"
         spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
-        made.append(("check against the same rules in DuckDB SQL", figure, spread, "≥ 1.2×"))
+        made.append(("check against the same rules in DuckDB SQL", figure, spread, "", "≥ 1.2×"))
     for what in ("manager", "engine", "check"):
         small, large = (one for one in figures["memory"] if one["what"] == what)
         figure = ", ".join(
             f"{one['peak_mb']:.0f} MB at {one['num_events']:,} events" for one in (small, large)
         )
         said = what if what == "check" else f"replay, {what}"
-        made.append((f"memory: {said}", figure, f"{large['seconds']:.0f} s", "the same"))
+        made.append((f"memory: {said}", figure, f"{large['seconds']:.0f} s", "", "the same"))
+    return made
+
+
+def _block_manager_rows(figures: dict[str, Any]) -> list[tuple[str, ...]]:
+    made = []
+    plain = figures["plain"]["block_manager"]["kinds"] if "plain" in figures else []
+    for kind, other in zip_longest(figures["block_manager"]["kinds"], plain):
+        low, high = min(kind["ratios"]), max(kind["ratios"])
+        times = f"{kind['vllm_us']:.2f} µs / {kind['mini_us']:.2f} µs = "
+        target = f"≥ {kind['target']:g}×" if kind["target"] else ""
+        ratio = f"{times}{statistics.median(kind['ratios']):.2f}×"
+        slower = f"{statistics.median(other['ratios']):.2f}×" if other else ""
+        spread = f"{low:.2f} … {high:.2f}"
+        made.append((f"mini against vLLM: {kind['name']}", ratio, spread, slower, target))
+    return made
+
+
+def _speed_rows(
+    workload: str, speed: dict[str, Any], plain: dict[str, Any] | None
+) -> list[tuple[str, ...]]:
+    """Each reader in decisions and in stored events, both beside the target."""
+    made = []
+    for name, figures in speed["events_per_s"].items():
+        for unit, said in UNITS:
+            per_event = 1.0
+            if unit == "decisions":
+                if name == "check":  # it judges what is stored
+                    continue
+                per_event += speed["silent_calls"] / speed["num_events"]
+            low, median, high = (figure * per_event / 1e6 for figure in figures)
+            slower = f"{plain['events_per_s'][name][1] * per_event / 1e6:.2f}" if plain else ""
+            target = "≥ 1 M/s" if name in ("manager", "engine") else ""
+            what = f"{workload}: {SAID.get(name, f'replay, {name}')}"
+            made.append((what, f"{median:.2f} {said}", f"{low:.2f} … {high:.2f}", slower, target))
     return made
 
 
@@ -288,6 +340,8 @@ decisions there are for an event. Steps are answered before the next one is plan
 scheduling, pipelines), or windows move, every request is followed in every step, half as fast.
 
 {workloads}
+
+*as plain Python*: the same checkout not compiled, in a process of its own in the same run, median of two rounds.
 
 *floor*: what any replay in Python costs at least. To read is to decode (msgspec) and put back what a step has in
 common with the one before; *mini alone* is the from-scratch scheduler and manager on the same arrivals and answers,

@@ -38,21 +38,14 @@ from vllm_trace.events import (
     EVENT_TYPES,
     SCHEMA_VERSION,
     AnyEvent,
-    EngineConfigured,
     Event,
-    SlotsAllocated,
-    SlotsRefused,
-    StepScheduled,
-    StepUpdated,
     tag_of,
 )
+from vllm_trace.whole import Completion
 
 MAGIC = b"VTRACE\r\n"
 SUFFIX = ".vtrace"
 TAIL_SUFFIX = ".tail"
-
-MAX_BLOCKS = 1 << 24
-"""A pool that claims more is damage too: 16 times what the largest devices hold of the smallest models."""
 
 FRAME = struct.Struct("<cIII")
 TAIL = struct.Struct("<8sQQ104s")
@@ -247,13 +240,7 @@ class TraceFile:
         """Forget what an earlier reading counted; its marks hold until a reading comes to the end."""
         self.num_events, self.num_frames, self._ended = 0, 0, False
         self._tail = b""
-        self._requests: list[int] = []
-        self._num_tokens: list[int] = []
-        self._sizes: dict[int, int] = {}
-        """Requests in each step whose results are not in yet."""
-        self._calls: list[SlotsAllocated | SlotsRefused] = []
-        """Of the step that is being scheduled, without a count of the silent calls before them."""
-        self._full = self.header.get("level") != "light"
+        self._completion = Completion(self.path, str(self.header.get("level")))
 
     def _read_tail(self) -> bytes:
         try:
@@ -299,38 +286,9 @@ class TraceFile:
             yield self._whole(batch)
 
     def _whole(self, batch: list[Any]) -> list[Event]:
-        """Count the batch and put back what a step has in common with the one before."""
+        """Count the batch and put back what its steps have in common with the ones before."""
         self.num_events += len(batch)
-        for event in batch:
-            kind = type(event)
-            if kind is StepScheduled:
-                if event.requests is None:
-                    event.requests = self._requests
-                if event.num_tokens is None:
-                    event.num_tokens = self._num_tokens
-                self._requests, self._num_tokens = event.requests, event.num_tokens
-                self._sizes[event.step] = len(event.requests)
-                if event.num_kept < 0:
-                    _count_kept(event, self._calls)
-                self._calls.clear()
-            elif kind is SlotsAllocated or kind is SlotsRefused:
-                if event.num_kept < 0:
-                    self._calls.append(event)
-            elif kind is EngineConfigured:
-                self._check_sizes(event)
-            elif kind is StepUpdated:
-                size = self._sizes.pop(event.step, None)
-                if event.num_output_tokens is None and size is not None and self._full:
-                    event.num_output_tokens = [1] * size
-        return batch
-
-    def _check_sizes(self, event: EngineConfigured) -> None:
-        """Everybody divides by a block's size and makes room for each block of the pool."""
-        sizes = [event.block_size, event.hash_block_size, *(g.block_size for g in event.groups)]
-        if min(sizes) < 1 or not 1 <= event.num_blocks <= MAX_BLOCKS:
-            raise TraceError(
-                f"{self.path} is damaged: an engine with {event.num_blocks} blocks of {min(sizes)} tokens"
-            )
+        return self._completion.complete(batch)
 
     def tail(self) -> Iterator[bytes]:
         """Yield the batches that were in no frame yet, after ``frames``; none of a whole file."""
@@ -346,26 +304,6 @@ class TraceFile:
         for _ in self.batches():
             pass
         return self
-
-
-def _count_kept(step: StepScheduled, calls: list[SlotsAllocated | SlotsRefused]) -> None:
-    """Put in how many silent calls stood before each of ``calls``: vLLM asks in the step's order.
-
-    Who is refused in a step that preempts nobody is new, and asks after all that run.
-    """
-    requests = step.requests
-    assert requests is not None
-    told, placed, others = 0, set(), []
-    for call in calls:
-        try:
-            call.num_kept = requests.index(call.request) - told
-            placed.add(call.request)
-            told += 1
-        except ValueError:
-            others.append(call)
-    step.num_kept = len(requests) - len(placed)
-    for call in others:
-        call.num_kept = step.num_kept
 
 
 def tail_batches(data: bytes, num_frames: int) -> Iterator[bytes]:

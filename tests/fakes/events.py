@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from vllm_trace.events import EVENT_TYPES, Event, StepScheduled
-from vllm_trace.tracefile import MAX_BLOCKS
+from vllm_trace.whole import MAX_BLOCKS
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 integers = st.integers(-(2**63), 2**64 - 1)

@@ -15,7 +15,6 @@ from vllm_trace.mini.block_pool import BlockPool, FreeKVCacheBlockQueue
 from vllm_trace.mini.block_table import BlockTable
 from vllm_trace.mini.engine import LLMEngine, ModelRunner
 from vllm_trace.mini.kv_cache_manager import KVCacheManager
-from vllm_trace.mini.request import RequestStatus
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, BUDGET, MAX_NUM_SEQS = 16, 24, 256, 64, 4
@@ -62,7 +61,7 @@ class Told:
 
     def hear(self, fact):
         kind, *fields = fact
-        add, key, free = self.events.append, fields[0], self.manager.block_pool.get_num_free_blocks
+        add, key = self.events.append, fields[0]
         if kind in ("blocks.taken", "blocks.touched", "blocks.freed", "request.freed"):
             add(ev.KINDS[kind](*fields))
         elif kind == "block.evicted":
@@ -71,22 +70,18 @@ class Told:
             self.hits = fields[3]
             add(ev.PrefixLookedUp(*fields[:3], self.hits or [[]], self.new_hashes(key)))
         elif kind == "blocks.cached":
-            _, group, ids, hashes = fields
-            table = self.manager.get_block_ids(key)[0]
-            add(ev.BlocksCached(key, group, table.index(ids[0]), ids, [*map(short, hashes)]))
+            add(ev.BlocksCached(*fields[:4], [*map(short, fields[4])]))
         elif kind == "slots.allocated":
             self.grown.add(key)
             hits = self.hits if fields[2] else []
             add(ev.SlotsAllocated(key, fields[1], fields[2], fields[3] or [[]], hits, fields[4]))
         elif kind == "slots.refused":
-            waits = self.scheduler.requests[key].status is not RequestStatus.RUNNING
-            num_hit = len(self.hits[0]) * BLOCK_SIZE if waits and self.hits else 0
-            add(ev.SlotsRefused(key, fields[1], num_hit, fields[2]))
+            add(ev.SlotsRefused(*fields[:4], num_wanted_blocks=fields[4]))
         elif kind == "request.preempted":
-            add(ev.RequestPreempted(key, fields[1], free()))
+            add(ev.RequestPreempted(*fields))
         elif kind == "request.finished":
             self.rows.pop(key, None)
-            add(ev.RequestFinished(key, 1, fields[1], 1, 0))
+            add(ev.RequestFinished(key, 1, *fields[1:]))
         elif kind == "batch.prepared":
             self.prepared(*fields)
 

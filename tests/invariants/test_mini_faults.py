@@ -57,6 +57,7 @@ def test_without_a_fault_every_invariant_holds_and_every_event_is_consumed(sound
         assert result.passed, (mode, result.divergence, result.not_judged)
 
 
+# Calls of compiled methods to each other do not ask what stands under the name now.
 @pytest.mark.plain
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_in_mini_is_caught_by_its_invariant_at_the_first_event(name):

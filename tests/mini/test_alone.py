@@ -58,7 +58,7 @@ def lines_of_code(path):
 @pytest.mark.parametrize(
     ("what", "files", "said"),
     [
-        ("the engine", [p for p in MINI.glob("*.py") if p.stem not in FACES | {"model"}], 1350),
+        ("the engine", [p for p in MINI.glob("*.py") if p.stem not in FACES | {"model"}], 1380),
         ("the models", [MINI / "model.py"], 150),
         ("attention", [*(MINI / "attention").glob("*.py")], 500),
         ("the faces", [MINI / f"{name}.py" for name in FACES], 250),

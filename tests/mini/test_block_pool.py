@@ -91,7 +91,7 @@ def test_what_is_told():
     pool.get_new_blocks(0)
     assert told == [
         ("blocks.taken", [1, 2]),
-        ("blocks.cached", "r", 0, [2], ["B"]),
+        ("blocks.cached", "r", 0, 0, [2], ["B"]),
         ("blocks.freed", [2, 1], [0, 0]),
         ("blocks.touched", [2], [1]),
         ("blocks.taken", [1]),

@@ -38,7 +38,7 @@ def test_refusal_changes_nothing():
     told = []
     manager = KVCacheManager(4, [FullAttentionSpec(4)], 64, tell=told.append)
     assert manager.allocate_slots(prompt("a", 16, "ABCD"), 16) is None
-    assert told == [("slots.refused", "a", 16, 3)]
+    assert told == [("slots.refused", "a", 16, 0, 3, 4)]
     assert manager.get_block_ids("a") == ([],) and manager.block_pool.get_num_free_blocks() == 3
 
 
@@ -141,7 +141,7 @@ def test_who_does_not_fit_as_a_whole_is_refused_the_chunk_and_until_0_20_all_tha
         )
         request = prompt("a", 28, "ABCDEFG")
         assert manager.allocate_slots(request, 4, full_sequence_must_fit=True) is None
-        assert [("slots.refused", "a", num_tokens, 5)] == told
+        assert [("slots.refused", "a", num_tokens, 0, 5, 7)] == told
 
 
 def test_groups_of_different_block_sizes_are_refused():

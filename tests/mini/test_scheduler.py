@@ -71,10 +71,10 @@ def test_preemption_takes_the_last_and_computes_it_again():
     assert told == [
         ("blocks.taken", [5]),
         ("slots.allocated", "a", 1, 0, [[5]], 0),
-        ("slots.refused", "b", 1, 0),
+        ("slots.refused", "b", 1, 0, 0, 1),
         ("blocks.freed", [4, 3], [0, 0]),
         ("request.freed", "b"),
-        ("request.preempted", "b", 8),
+        ("request.preempted", "b", 8, 2),
         ("step.scheduled", 2, ["a"], [1]),
     ]
     told.clear()
@@ -82,7 +82,7 @@ def test_preemption_takes_the_last_and_computes_it_again():
     assert step(scheduler) == {"a": 1}
     assert told == [
         ("prefix.looked_up", "b", 9, 8, [[3, 4]]),
-        ("slots.refused", "b", 1, 2),
+        ("slots.refused", "b", 1, 8, 2, 3),
         ("step.scheduled", 3, ["a"], [1]),
     ]
 
@@ -105,7 +105,7 @@ def test_abort_gives_everything_back_and_is_reported_once():
     step(scheduler)
     scheduler.finish_requests(["a", "nobody"])
     scheduler.finish_requests(["a"])
-    assert told[-2:] == [("request.freed", "a"), ("request.finished", "a", "abort")]
+    assert told[-2:] == [("request.freed", "a"), ("request.finished", "a", "abort", 1, 0)]
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 19
     assert scheduler.schedule().finished_req_ids == ["a"]
     assert not scheduler.has_requests()
@@ -134,7 +134,7 @@ def test_a_trace_without_token_ids_says_who_stopped():
     scheduler, told = make()
     add(scheduler, "a", 6)
     step(scheduler, stops={"a": "stop"})
-    assert told[-1] == ("request.finished", "a", "stop")
+    assert told[-1] == ("request.finished", "a", "stop", 1, 0)
 
 
 def test_async_plans_a_step_before_the_last_is_answered():

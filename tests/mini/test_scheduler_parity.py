@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, SlidingWindowSpec
 from vllm_trace.mini.request import Request, get_request_block_hasher, sha256
 from vllm_trace.mini.scheduler import Scheduler, SchedulerConfig
+from vllm_trace.patches.block_probes import blocks_wanted
 
 from .conftest import hypothesis_settings, state_of_mini, state_of_real
 
@@ -92,7 +93,8 @@ def wrap_real(scheduler, told):
         full = [block for block in full if block.block_hash is not None]
         hashes = [plain(block.block_hash) for block in full]
         if full:
-            told.append(("blocks.cached", request.request_id, kv_cache_group_id, ids(full), hashes))
+            first = (kv_cache_group_id, num_cached_blocks)
+            told.append(("blocks.cached", request.request_id, *first, ids(full), hashes))
 
     def get_computed_blocks(original, request, *args):
         found = original(request, *args)
@@ -105,7 +107,9 @@ def wrap_real(scheduler, told):
         blocks = original(request, num_new_tokens, num_new_computed_tokens, **kwargs)
         free = pool.get_num_free_blocks()
         if blocks is None:
-            told.append(("slots.refused", request.request_id, num_new_tokens, free))
+            wanted = count_wanted(request, num_new_tokens, num_new_computed_tokens, **kwargs)
+            counts = (num_new_tokens, num_new_computed_tokens, free, wanted)
+            told.append(("slots.refused", request.request_id, *counts))
         else:
             new = list(blocks.get_block_ids())
             new = new if any(new) else []
@@ -114,6 +118,12 @@ def wrap_real(scheduler, told):
                 told.append(("slots.allocated", request.request_id, num_new_tokens, hit, new, free))
         return blocks
 
+    def count_wanted(request, num_new, num_hit, new_computed_blocks=None, **kwargs):
+        whole = kwargs.get("full_sequence_must_fit", False)
+        wanted = blocks_wanted(manager, request, num_new, num_hit, new_computed_blocks, 0, whole)
+        is_beside = kwargs.get("has_scheduled_reqs", False) and request.status.name != "RUNNING"
+        return wanted + (manager.watermark_blocks if is_beside else 0)
+
     def free(original, request):
         original(request)
         told.append(("request.freed", request.request_id))
@@ -121,11 +131,13 @@ def wrap_real(scheduler, told):
     def preempt(original, request, *args, **kwargs):
         lost = request.num_computed_tokens
         original(request, *args, **kwargs)
-        told.append(("request.preempted", request.request_id, lost))
+        told.append(("request.preempted", request.request_id, lost, pool.get_num_free_blocks()))
 
     def free_request(original, request, **kwargs):
         result = original(request, **kwargs)
-        told.append(("request.finished", request.request_id, str(request.get_finished_reason())))
+        counts = (request.num_output_tokens, request.num_preemptions)
+        reason = str(request.get_finished_reason())
+        told.append(("request.finished", request.request_id, reason, *counts))
         return result
 
     def schedule(original):

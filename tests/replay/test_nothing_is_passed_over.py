@@ -17,7 +17,7 @@ MIXED = Path(__file__).parents[1] / "gold" / "mixed.vtrace"
 BOTH = ("manager", "engine")
 COMPARED = [
     (ev.BlockEvicted, BOTH, ("block", "hashes", None)),
-    (ev.BlocksCached, BOTH, ("blocks", "group", None)),
+    (ev.BlocksCached, BOTH, ("blocks", "first", "group", None)),
     (ev.BlocksFreed, BOTH, ("blocks", "ref_cnts", None)),
     (ev.BlocksTaken, BOTH, ("blocks", None)),
     (ev.BlocksTouched, BOTH, ("blocks", "ref_cnts", None)),
@@ -25,10 +25,11 @@ COMPARED = [
     (ev.PrefixLookedUp, ("engine",), ("request", None)),
     (ev.SlotsAllocated, BOTH, ("blocks", "num_hit_tokens", "num_free_blocks")),
     (ev.SlotsAllocated, ("engine",), ("request", "num_new_tokens", None)),
-    (ev.SlotsRefused, BOTH, ("num_free_blocks",)),
+    (ev.SlotsRefused, BOTH, ("num_hit_tokens", "num_free_blocks", "num_wanted_blocks")),
     (ev.SlotsRefused, ("engine",), ("request", "num_new_tokens", None)),
     (ev.RequestFreed, ("engine",), ("request",)),
-    (ev.RequestPreempted, BOTH, ("request", "num_computed_tokens")),
+    (ev.RequestFinished, BOTH, ("num_output_tokens", "num_preemptions")),
+    (ev.RequestPreempted, BOTH, ("request", "num_computed_tokens", "num_free_blocks")),
     (ev.RequestPreempted, ("engine",), (None,)),
     (ev.StepScheduled, BOTH, ("num_free_blocks",)),
     (ev.StepScheduled, ("manager",), ("num_kept",)),
@@ -86,3 +87,22 @@ def test_a_changed_fact_is_found_at_its_event(kind, field, mode, whole, tmp_path
     # Of a lost hash mini learns only where it needs it: in the same step.
     last = at + len(changed) if (kind, field) == (ev.BlocksCached, None) else at
     assert at <= found.event <= last
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_a_count_that_the_probe_did_not_know_is_not_compared(mode, whole, tmp_path):
+    header, batches = whole
+    writer = TraceWriter(tmp_path / "main-1.vtrace", header)
+    refused = 0
+    for batch in batches:
+        told = [event for event in batch if type(event) is ev.SlotsRefused]
+        refused += len(told)
+        writer.write(
+            [
+                msgspec.structs.replace(event, num_wanted_blocks=0) if event in told else event
+                for event in batch
+            ]
+        )
+    writer.close({"dropped": 0, "failures": {}})
+    assert refused
+    assert replay(read_trace(tmp_path), mode).passed

@@ -1,4 +1,4 @@
-"""``num_kept`` where the file leaves it to the reader: what ``tracefile._count_kept`` does, for columns."""
+"""``num_kept`` where the file leaves it to the reader: what ``whole._count_kept`` does, for columns."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def count_kept(places, calls, kept, steps, offsets, requests, of_steps):
     ``offsets[i]`` to ``offsets[i + 1]`` are those of step ``i``. Returns the first call after all
     steps.
 
-    Source: ``tracefile._count_kept``.
+    Source: ``whole._count_kept``.
     """
     first = 0
     for step in range(len(steps)):

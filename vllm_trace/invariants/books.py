@@ -271,9 +271,8 @@ class Books(PoolBooks):
             self._order = []
             self.computed[request] = event.num_hit_tokens
         self._touched.clear()
-        self.capacity[request] = min(
-            map(lambda row, size: len(row) * size, table, self.block_sizes)
-        )
+        room = [len(row) * size for row, size in zip(table, self.block_sizes)]
+        self.capacity[request] = room[0] if len(room) == 1 else min(room)
         self.grown.add(request)
         self.last_pool_event = f"slots.allocated {self.name(request)}"
 

@@ -55,7 +55,14 @@ class PoolBooks:
             self.passed.forget(blocks)
         at = (self.number, self.step + 1)
         self.last_pool_event = "blocks.taken"
-        if (
+        if len(blocks) == 1:  # for a request that decodes: most of them
+            (block,) = blocks
+            if block and block not in refs and block not in self.held:
+                refs[block] = 1
+                self.taken_at[block] = at
+                self.unbalanced.add(block)
+                return
+        elif (
             refs.keys().isdisjoint(blocks)
             and self.held.keys().isdisjoint(blocks)
             and NULL_BLOCK not in blocks
@@ -109,6 +116,12 @@ class PoolBooks:
 
     def _hold_new(self, blocks: list[int]) -> None:
         held = self.held
+        if len(blocks) == 1:
+            (block,) = blocks
+            if block not in held and self.ref_cnts.get(block) == 1:
+                held[block] = 1
+                self.unbalanced.discard(block)
+                return
         counts = [*map(self.ref_cnts.get, blocks)]
         if counts.count(1) == len(counts) and held.keys().isdisjoint(blocks):
             held.update(dict.fromkeys(blocks, 1))
@@ -139,8 +152,10 @@ class PoolBooks:
     def blocks_cached(self, event: BlocksCached) -> None:
         hashes = self.hashes
         for block, block_hash in zip(event.blocks, event.hashes, strict=True):
-            known = hashes.get(block, ())
-            if block_hash not in known:
+            known = hashes.get(block)
+            if known is None:
+                hashes[block] = (block_hash,)
+            elif block_hash not in known:
                 hashes[block] = (*known, block_hash)
 
     def block_evicted(self, event: BlockEvicted) -> None:

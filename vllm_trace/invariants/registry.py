@@ -10,6 +10,7 @@ A rule is a function called after each event, or a class with a method for each 
 it looks at: ``blocks_taken`` is called after ``books`` took ``blocks.taken`` in, and
 ``before_blocks_taken`` before that; ``end`` when the trace is over. One instance is made for each
 engine. Each of them returns or yields what is wrong: a sentence, or ``books.violation(…)``.
+What a rule wants to remember it keeps in its own object: ``books`` takes no further attributes.
 """
 
 from __future__ import annotations

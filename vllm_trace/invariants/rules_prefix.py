@@ -54,7 +54,10 @@ class HitCached:
         )
 
     def blocks_taken(self, books: Books, event: BlocksTaken) -> Violation | None:
-        if books.hashes.keys().isdisjoint(event.blocks):
+        blocks = event.blocks
+        if len(blocks) == 1 and blocks[0] not in books.hashes:
+            return None
+        if books.hashes.keys().isdisjoint(blocks):
             return None
         block = next(b for b in event.blocks if b in books.hashes)
         return books.violation(
@@ -198,9 +201,8 @@ class EvictHead:
 
     def before_blocks_taken(self, books: Books, event: BlocksTaken) -> Violation | None:
         count = len(event.blocks)
-        queue = chain(self.front, range(self.untouched, books.num_blocks), self.back)
-        head = [*islice(queue, count)]
-        if head != [*event.blocks]:
+        head = self._head(books, count)
+        if head != event.blocks:
             block = next((b for b, h in zip(event.blocks, head) if b != h), event.blocks[-1])
             return books.violation(
                 f"handed out are {listed(event.blocks)}; the head of the free queue is {listed(head)}",
@@ -215,6 +217,14 @@ class EvictHead:
         for _ in range(count - fresh):
             self.back.popitem(last=False)
         return None
+
+    def _head(self, books: Books, count: int) -> list[int]:
+        """The first of the free queue."""
+        if count == 1 and self.untouched >= books.num_blocks:
+            for block in self.front or self.back:
+                return [block]
+        queue = chain(self.front, range(self.untouched, books.num_blocks), self.back)
+        return [*islice(queue, count)]
 
     def before_blocks_touched(self, books: Books, event: BlocksTouched) -> None:
         for block in event.blocks:

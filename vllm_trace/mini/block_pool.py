@@ -24,13 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import compress, repeat
-from operator import attrgetter
 from typing import Any
 
 from .rules import Rules, rules_for
-
-block_id_of = attrgetter("block_id")
-ref_cnt_of = attrgetter("ref_cnt")
 
 Fact = tuple[Any, ...]  # what happened: (kind, *fields)
 Tell = Callable[[Fact], object]
@@ -191,7 +187,7 @@ class BlockPool:
         for block in blocks:
             block.ref_cnt = 1
         if self.tell is not None and blocks:
-            self.tell(("blocks.taken", [*map(block_id_of, blocks)]))
+            self.tell(("blocks.taken", [block.block_id for block in blocks]))
         return blocks
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -203,8 +199,8 @@ class BlockPool:
                 self.free_block_queue.remove(block)
             block.ref_cnt = ref_cnt + 1
         if self.tell is not None and blocks:
-            ids, ref_cnts = [*map(block_id_of, blocks)], [*map(ref_cnt_of, blocks)]
-            self.tell(("blocks.touched", ids, ref_cnts))
+            ref_cnts = [block.ref_cnt for block in blocks]
+            self.tell(("blocks.touched", ids_of(blocks), ref_cnts))
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """One owner less for each block; those without an owner go back to the queue, first given, first reused."""
@@ -223,8 +219,8 @@ class BlockPool:
             self.free_block_queue.prepend_n(reuse_next)
         self.free_block_queue.append_n(reuse_last)
         if self.tell is not None and ordered_blocks:
-            ids, ref_cnts = [*map(block_id_of, ordered_blocks)], [*map(ref_cnt_of, ordered_blocks)]
-            self.tell(("blocks.freed", ids, ref_cnts))
+            ref_cnts = [block.ref_cnt for block in ordered_blocks]
+            self.tell(("blocks.freed", ids_of(ordered_blocks), ref_cnts))
 
     def cache_full_blocks(
         self,
@@ -262,8 +258,8 @@ class BlockPool:
             if first_under(block_hash, block) is not block:
                 cached.add_duplicate(block_hash, block)
         if self.tell is not None and full_blocks:
-            ids = [*map(block_id_of, full_blocks)]
-            self.tell(("blocks.cached", request, group_id, ids, hashes))
+            ids = ids_of(full_blocks)
+            self.tell(("blocks.cached", request, group_id, num_cached_blocks, ids, hashes))
 
     def get_cached_block(
         self, block_hash: Hashable, group_ids: Sequence[int]
@@ -304,6 +300,10 @@ class BlockPool:
                 del cached[block_hash]
             if tell is not None:
                 tell(("block.evicted", block.block_id, [block_hash]))
+
+
+def ids_of(blocks: Iterable[KVCacheBlock]) -> list[int]:
+    return [block.block_id for block in blocks]
 
 
 def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:

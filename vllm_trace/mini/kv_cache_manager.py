@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from .block_pool import BlockPool, KVCacheBlock, Tell, block_id_of
+from .block_pool import BlockPool, KVCacheBlock, Tell, ids_of
 from .request import Request, RequestStatus
 from .rules import Rules, rules_for
 from .single_type_kv_cache_manager import (
@@ -195,19 +195,22 @@ class KVCacheManager:
         hits = new_computed_blocks or self.no_blocks
         num_computed = request.num_computed_tokens + num_new_computed_tokens
         num_slots = min(num_slots + num_new_computed_tokens, self.max_model_len)
-        num_usable = self.block_pool.free_block_queue.num_free_blocks
-        if has_scheduled_reqs and request.status is not RequestStatus.RUNNING:
-            num_usable -= self.watermark_blocks
-        if full_sequence_must_fit:
-            whole = min(request.num_tokens, self.max_model_len)
-            if not self._fits(whole, hits, num_computed, num_usable, capped=True):
-                if not self.rules.whole_sequence_test_inside:
-                    num_new_tokens = whole - num_computed
-                self._refuse(request, num_new_tokens)
+        is_beside = has_scheduled_reqs and request.status is not RequestStatus.RUNNING
+        num_left_free = self.watermark_blocks if is_beside else 0
+        num_usable = self.block_pool.free_block_queue.num_free_blocks - num_left_free
+        whole = min(request.num_tokens, self.max_model_len) if full_sequence_must_fit else 0
+        most = whole if whole > num_slots else num_slots
+        # More than this is never needed, not even if every hit lies in the free queue.
+        if -(-most // self.block_size) * len(self.groups) > num_usable:
+            num_wanted = self._count_wanted(whole, hits, num_computed, capped=True) if whole else 0
+            if num_wanted > num_usable and not self.rules.whole_sequence_test_inside:
+                num_new_tokens = whole - num_computed
+            elif num_slots > whole or self._windows:  # else the whole sequence needs no less
+                num_wanted = max(num_wanted, self._count_wanted(num_slots, hits, num_computed))
+            if num_wanted > num_usable:
+                num_wanted += num_left_free
+                self._refuse(request, num_new_tokens, num_new_computed_tokens, num_wanted)
                 return None
-        if not self._fits(num_slots, hits, num_computed, num_usable):
-            self._refuse(request, num_new_tokens)
-            return None
 
         held = self.requests[request.request_id] = RequestBlocks([*map(list, self.no_blocks)])
         if num_new_computed_tokens:
@@ -243,7 +246,8 @@ class KVCacheManager:
         new_blocks = self.no_blocks
         if num_missing > 0:
             if num_missing * len(tables) > pool.free_block_queue.num_free_blocks:
-                self._refuse(request, num_new_tokens)
+                num_wanted = num_missing * len(tables)
+                self._refuse(request, num_new_tokens, num_hit_tokens, num_wanted)
                 return None
             new_blocks = ()
             for table in tables:
@@ -315,18 +319,16 @@ class KVCacheManager:
         return self.no_blocks if held is None else tuple(held.tables)
 
     def get_block_ids(self, request_id: Hashable) -> tuple[list[int], ...]:
-        return tuple([*map(block_id_of, table)] for table in self.get_blocks(request_id))
+        return tuple(ids_of(table) for table in self.get_blocks(request_id))
 
     def reset_prefix_cache(self) -> bool:
         return self.block_pool.reset_prefix_cache()
 
-    def _fits(
-        self, num_slots: int, hits: Blocks, num_computed: int, num_usable: int, capped: bool = False
-    ) -> bool:
-        """Whether a new request uses up at most `num_usable` free blocks: new ones, and hits that nobody holds now."""
+    def _count_wanted(
+        self, num_slots: int, hits: Blocks, num_computed: int, capped: bool = False
+    ) -> int:
+        """How many free blocks a new request uses up: new ones, and hits that nobody holds now."""
         num_required = -(-num_slots // self.block_size)
-        if num_required * len(self.groups) <= num_usable:
-            return True  # even if every hit were in the free queue; the exact count below is never higher
         needed = 0
         for manager, group_hits in zip(self.managers, hits):
             num_blocks = num_required
@@ -337,7 +339,7 @@ class KVCacheManager:
             for block in group_hits[num_skipped:]:
                 if block.ref_cnt == 0 and not block.is_null:
                     needed += 1
-        return needed <= num_usable
+        return needed
 
     def _add_hits(self, held: RequestBlocks, hits: Blocks, num_computed: int) -> None:
         """Take the hits of every group before any new block is taken, which could otherwise evict one of them."""
@@ -372,13 +374,16 @@ class KVCacheManager:
         first = next((i for i, block in enumerate(table) if not block.is_null), len(table))
         return table[first:] if first else table
 
-    def _refuse(self, request: Request, num_new_tokens: int) -> None:
+    def _refuse(
+        self, request: Request, num_new_tokens: int, num_hit_tokens: int, num_wanted: int
+    ) -> None:
         if self.tell is not None:
             num_free = self.block_pool.get_num_free_blocks()
-            self.tell(("slots.refused", request.request_id, num_new_tokens, num_free))
+            key = request.request_id
+            self.tell(("slots.refused", key, num_new_tokens, num_hit_tokens, num_free, num_wanted))
 
 
 def _ids(blocks: Blocks) -> list[list[int]]:
     """The ids of each group; no lists at all when there is no block."""
-    ids = [[*map(block_id_of, table)] for table in blocks]
+    ids = [ids_of(table) for table in blocks]
     return ids if any(ids) else []

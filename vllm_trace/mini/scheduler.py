@@ -278,7 +278,8 @@ class Scheduler:
         request.num_preemptions += 1
         self._queue_first(request)
         if self.tell is not None:
-            self.tell(("request.preempted", request.request_id, lost))
+            num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+            self.tell(("request.preempted", request.request_id, lost, num_free))
 
     def _queue_first(self, request: Request) -> None:
         if self.config.policy == "priority":
@@ -364,4 +365,5 @@ class Scheduler:
         self.kv_cache_manager.free(request)
         del self.requests[request.request_id]
         if self.tell is not None:
-            self.tell(("request.finished", request.request_id, reason))
+            counts = (request.num_output_tokens, request.num_preemptions)
+            self.tell(("request.finished", request.request_id, reason, *counts))

@@ -47,10 +47,11 @@ class FullAttentionManager:
     ) -> list[list[KVCacheBlock]]:
         """The longest run of cached blocks from the start, for each of the groups, which all must have it."""
         if len(group_ids) == 1:
-            found_in = self.block_pool.cached_block_hash_to_block[group_ids[0]].get
+            cached: dict[Hashable, KVCacheBlock]
+            cached = self.block_pool.cached_block_hash_to_block[group_ids[0]]
             hits = []
             for block_hash in islice(block_hashes, max_blocks):
-                block = found_in(block_hash)
+                block = cached.get(block_hash)
                 if block is None:
                     break  # hashes are chained: every later one misses too
                 hits.append(block)

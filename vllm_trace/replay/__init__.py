@@ -11,6 +11,9 @@ Two replays of the same trace:
 The events are taken in segments (``segments.py``): ``mini`` tells what it does in the same words, and
 both lists must be equal, call by call.
 
+Not compared is what ``mini`` has no counterpart of: times, names, sampling parameters, the workers' own clocks; and
+``num_wanted_blocks`` of a refusal where the probe did not know vLLM's way of counting and wrote 0.
+
 A replay that could not consume every event is not a pass, and says what it did not judge.
 """
 

@@ -12,6 +12,7 @@ from vllm_trace.events import (
     Event,
     PrefixLookedUp,
     RequestArrived,
+    RequestFinished,
 )
 from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, SlidingWindowSpec
 from vllm_trace.mini.request import Request
@@ -20,6 +21,7 @@ from vllm_trace.replay.facts import FACTS, Fact
 from vllm_trace.replay.segments import Segment
 from vllm_trace.replay.steady_manager import SteadyManager
 
+OF_THE_FINISHED = ("output tokens", "preemptions")
 FINISHED_BY_OUTPUT = ("stop", "length", "repetition")
 """Reasons that ``update_from_output`` finds; all others come from outside the step."""
 
@@ -81,7 +83,9 @@ class Replay:
         events, kinds, told = segment.events, segment.kinds, self.told
         try:
             self.begin(segment)
-            for place, act in enumerate(map(self.acts.get, kinds)):
+            acts = self.acts
+            for place, kind in enumerate(kinds):
+                act = acts.get(kind)
                 if act is not None:
                     self.place = place
                     act(events[place])
@@ -91,8 +95,11 @@ class Replay:
             if isinstance(error, Diverged):
                 error.number = segment.numbers[self._place_of(error.event, events)]
             raise
-        facts = zip(map(FACTS.get, kinds), events)
-        expected = [fact(event) for fact, event in facts if fact is not None]
+        facts, expected = FACTS, []
+        for kind, event in zip(kinds, events):
+            fact = facts.get(kind)
+            if fact is not None:
+                expected.append(fact(event))
         if told != expected:
             self._compare(segment, ended=True)
         self.num_compared += len(expected)
@@ -126,6 +133,12 @@ class Replay:
                 if left != right:
                     raise Diverged((name, left), (name, right), event)
         self.num_compared += len(names)
+
+    def compare_counts(self, event: RequestFinished, request: Request) -> None:
+        """What a request came to in its life."""
+        recorded = (event.num_output_tokens, event.num_preemptions)
+        mini = (request.num_output_tokens, request.num_preemptions)
+        self.require(event, OF_THE_FINISHED, recorded, mini)
 
     # What is told of requests -----------------------------------------------------------
 

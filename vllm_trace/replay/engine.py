@@ -59,6 +59,8 @@ class EngineReplay(Replay):
         self.outputs: dict[int, Any] = {}
         self.stops: dict[Any, str] = {}
         """Who ended in the step that is being answered, and why."""
+        self.ended: list[RequestFinished] = []
+        """The same as events."""
         self.acts = {
             BlocksCached: self.learn_cached,
             PrefixLookedUp: self.learn_looked_up,
@@ -72,8 +74,12 @@ class EngineReplay(Replay):
     def finished(self, event: RequestFinished) -> None:
         if event.reason in FINISHED_BY_OUTPUT:
             self.stops[event.request] = event.reason
+            self.ended.append(event)
             return
         self.scheduler.finish_requests([event.request], event.reason)
+        request = self.requests.get(event.request)
+        if request is not None:
+            self.compare_counts(event, request)
         self.forget(event.request)
 
     def reset(self, event: PrefixCacheReset) -> None:
@@ -105,7 +111,9 @@ class EngineReplay(Replay):
         self.outputs[event.step] = output
 
     def updated(self, event: StepUpdated) -> None:
-        stops, self.stops = self.stops, {}
+        stops = self.stops
+        if stops:
+            self.stops = {}
         output = self.outputs.pop(event.step, None)
         if output is None:
             return
@@ -113,5 +121,8 @@ class EngineReplay(Replay):
         if stops or finished:
             # Without token ids mini cannot tell a stop at the last token from reaching the limit.
             self.require(event, ("finished requests",), ([*stops],), ([*finished],))
+            for end in self.ended:
+                self.compare_counts(end, self.requests[end.request])
+            self.ended.clear()
             for request in finished:
                 self.forget(request)

@@ -30,7 +30,7 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.mini.request import RequestStatus
-from vllm_trace.replay.base import Replay
+from vllm_trace.replay.base import FINISHED_BY_OUTPUT, Replay
 from vllm_trace.replay.segments import ENDS, Segment
 from vllm_trace.replay.steady import Steady
 from vllm_trace.replay.worker import WorkerTables
@@ -179,13 +179,32 @@ class ManagerReplay(Replay):
         self.worker.forget(key)
 
     def finished(self, event: RequestFinished) -> None:
-        self.steady.leave(event.request)
-        self.hits.pop(event.request, None)
-        self.forget(event.request)
+        key = event.request
+        self.steady.leave(key)
+        self.hits.pop(key, None)
+        request = self.requests.get(key)
+        if request is not None:
+            request.num_tokens += self._num_sampled_last(event)
+            self.compare_counts(event, request)
+        self.forget(key)
+
+    def _num_sampled_last(self, event: RequestFinished) -> int:
+        """Of the answer that ended it, which is told only when the whole step is answered."""
+        if self.one_by_one or event.reason not in FINISHED_BY_OUTPUT:
+            return 0
+        end = self._upcoming(self.place)[0]
+        step = self.steps.get(end.step) if type(end) is StepUpdated else None
+        if step is None or not step.requests or event.request not in step.requests:
+            return 0
+        place = step.requests.index(event.request)
+        return end.num_output_tokens[place] if end.num_output_tokens else 0
 
     def preempted(self, event: RequestPreempted) -> None:
         request = self.requests[event.request]
-        self.told.append(("request.preempted", event.request, request.num_computed_tokens))
+        num_free = self.pool.free_block_queue.num_free_blocks
+        self.told.append(
+            ("request.preempted", event.request, request.num_computed_tokens, num_free)
+        )
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         if self.rules.stale_output_waits:

@@ -87,8 +87,10 @@ def _of_one_process(trace: Trace, stretch: int) -> Iterator[Segment]:
         events = waiting + batch if waiting else batch
         if not events:
             continue  # whatever was captured made no event
-        new = [*map(type, events)]
-        whole = new[-1] is StepUpdated and new.count(StepUpdated) == 1 and ALONE.isdisjoint(new)
+        new = [type(event) for event in events]
+        whole = new[-1] is StepUpdated and ALONE.isdisjoint(new)
+        if whole and stretch == 1:
+            whole = new.count(StepUpdated) == 1
         if whole:
             steps += events
             kinds += new

@@ -46,7 +46,7 @@ class SteadyManager(KVCacheManager):
                 held.quiet_until = num_slots
                 if self.tell is not None:
                     key, ids = request.request_id, [block.block_id]
-                    self.tell(("blocks.cached", key, 0, ids, [block_hash]))
+                    self.tell(("blocks.cached", key, 0, num_blocks - 1, ids, [block_hash]))
                 return True
         elif num_tokens == num_slots + 1 and held.quiet_until == num_slots < self.max_model_len:
             queue = self.block_pool.free_block_queue

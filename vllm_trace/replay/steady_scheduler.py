@@ -173,7 +173,8 @@ class SteadyScheduler(Scheduler):
     def _preempt_request(self, request: Request) -> None:
         lost = request.num_computed_tokens
         super()._preempt_request(request)
-        self._tell_preempted(("request.preempted", request.request_id, lost))
+        num_free = self._queue.num_free_blocks
+        self._tell_preempted(("request.preempted", request.request_id, lost, num_free))
 
     # Answers ----------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from vllm_trace.events import (
 from vllm_trace.export import columns
 from vllm_trace.export import unpack as u
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
-from vllm_trace.export.kept import Calls, count_kept
+from vllm_trace.export.kept import Calls, count_kept, spell_out, spell_out_outputs
 from vllm_trace.export.shapes import BY_TAG, SHAPED, Column, Shapes
 from vllm_trace.export.tables import SCHEMAS, to_json
 from vllm_trace.trace import time_of
@@ -347,7 +347,7 @@ class _Reading:
 
     def _spelled_out(self, column: Column) -> pa.Array:
         """None stands for the list of the step before."""
-        offsets, flat = u.spell_out(
+        offsets, flat = spell_out(
             self._slot(column.slot), self._slot(column.slot + 1), self.last[column.name]
         )
         self.last[column.name] = flat[offsets[-2] :].copy()
@@ -356,7 +356,7 @@ class _Reading:
     def _outputs(self, column: Column, which: np.ndarray, steps: np.ndarray) -> pa.Array:
         """None stands for one token each, where the step is known."""
         lengths = self._slot(column.slot)
-        flat = u.spell_out_outputs(
+        flat = spell_out_outputs(
             lengths, self._slot(column.slot + 1), which, steps,
             self.scheduled, self.of_steps[0], self.of_steps[1], STEPS_KEPT,
         )  # fmt: skip

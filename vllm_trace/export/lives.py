@@ -77,6 +77,9 @@ def fold(
     all; ``rows`` begins with ``first_row``); ``state`` its begin and end. Without ``answers``
     nothing that was updated has outputs.
     """
+    num_steps, first_step, last_step = rows[NUM_STEPS], rows[FIRST_STEP], rows[LAST_STEP]
+    scheduled_ns, num_computed = rows[SCHEDULED_NS], rows[NUM_COMPUTED_TOKENS]
+    first_output_ns = rows[FIRST_OUTPUT_NS]
     op = update = 0
     while op < scheduled.shape[1] or update < updated.shape[1]:
         if update == updated.shape[1] or (
@@ -95,19 +98,19 @@ def fold(
                 if known < 0 or known >= len(table) or table[known] < 0:
                     continue
                 row = table[known]
-                if rows[NUM_STEPS, row] < 0:
-                    rows[NUM_STEPS, row] = 0
-                    rows[FIRST_STEP, row] = rows[LAST_STEP, row] = step
-                    rows[SCHEDULED_NS, row] = ns
-                rows[NUM_STEPS, row] += 1
-                rows[FIRST_STEP, row] = min(rows[FIRST_STEP, row], step)
-                rows[LAST_STEP, row] = max(rows[LAST_STEP, row], step)
-                rows[SCHEDULED_NS, row] = min(rows[SCHEDULED_NS, row], ns)
+                if num_steps[row] < 0:
+                    num_steps[row] = 0
+                    first_step[row] = last_step[row] = step
+                    scheduled_ns[row] = ns
+                num_steps[row] += 1
+                first_step[row] = min(first_step[row], step)
+                last_step[row] = max(last_step[row], step)
+                scheduled_ns[row] = min(scheduled_ns[row], ns)
                 if first + i < last:
-                    if rows[NUM_COMPUTED_TOKENS, row] == NONE:
-                        rows[NUM_COMPUTED_TOKENS, row] = 0
-                    rows[NUM_COMPUTED_TOKENS, row] += tokens[first + i]
-                if answers and rows[FIRST_OUTPUT_NS, row] == NONE:
+                    computed = num_computed[row]
+                    more = tokens[first + i]
+                    num_computed[row] = more if computed == NONE else computed + more
+                if answers and first_output_ns[row] == NONE:
                     place = state[1] % len(out)
                     out[place, 0], out[place, 1], out[place, 2] = process, step, number
                     out[place, 3], out[place, 4] = i, first_row + row
@@ -130,8 +133,8 @@ def fold(
                 # Of another step of that number, or of a row that is written.
                 latest = max(latest, planned)
                 if planned == latest and row >= 0 and i < end - begin and outputs[begin + i] > 0:
-                    before = rows[FIRST_OUTPUT_NS, row]
-                    rows[FIRST_OUTPUT_NS, row] = ns if before == NONE else min(before, ns)
+                    before = first_output_ns[row]
+                    first_output_ns[row] = ns if before == NONE else min(before, ns)
             state[0] = kept
 
 

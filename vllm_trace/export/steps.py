@@ -61,9 +61,9 @@ def count_tokens(
     for step in range(len(total)):
         begin, end = of_tokens[step], of_tokens[step + 1]
         every, several = 0, 0
-        for i in range(begin, end):
-            every += tokens[i]
-            several += tokens[i] if tokens[i] > 1 else 0
+        for count in tokens[begin:end]:
+            every += count
+            several += count * (count > 1)
         total[step], prefill[step] = every, several
         nobody_joins = of_new[step] == of_new[step + 1] and of_resumed[step] == of_resumed[step + 1]
         if nobody_joins and of_spec[step] == of_spec[step + 1]:

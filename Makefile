@@ -11,13 +11,19 @@ VTRACE_CACHE   ?= $(HOME)/.cache/vllm-trace
 VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
 export VTRACE_CACHE
 
-.PHONY: help env demo test browser lint bench pictures lane-0.11 clean
+# Set for what is to run the package as it is installed, compiled, and not the checkout.
+COMPILED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/.venv/compiled:$(CURDIR)
+
+.PHONY: help env compiled demo test browser lint bench pictures lane-0.11 clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 env:  ## the environment alone (.ci/lane says what it is)
 	@.ci/lane
+
+compiled: env  ## the package as it is installed: its hot rooms compiled, in .venv/compiled
+	@.ci/compiled
 
 demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hello)
 	@$(PY) -m vllm_trace run $(SCENARIO)
@@ -39,8 +45,9 @@ lint: env  ## style: ruff's rules and layout, types, and that every package is i
 	@.venv/bin/mypy --no-error-summary
 	@$(PY) .ci/check_packages.py
 
-bench: env  ## what tracing costs: on/off pairs, other tracers beside it
-	@$(PY) -m bench
+# PLAIN=1 measures the checkout instead.
+bench: $(if $(PLAIN),env,compiled)  ## what tracing costs: on/off pairs, other tracers beside it
+	@$(if $(PLAIN),,$(COMPILED)) $(PY) -m bench
 
 pictures: env browser  ## make the README's pictures anew
 	@$(PY) docs/pictures.py

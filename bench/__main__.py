@@ -23,6 +23,8 @@ from rich.table import Table
 
 from bench import arms, export_spans, export_tables, files, oracle, overhead, start
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
+from vllm_trace import __version__
+from vllm_trace.compiled import is_compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -149,7 +151,8 @@ BEGAN = time.monotonic()
 
 def about() -> dict[str, Any]:
     """Command, versions, date, machine."""
-    versions = {"python": platform.python_version()}
+    kind = "compiled" if is_compiled() else "not compiled"
+    versions = {"vllm_trace": f"{__version__} {kind}", "python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -162,7 +162,7 @@ START_S = 2.0
 def receiver(cores: set[int]) -> Iterator[str]:
     """A gRPC receiver in a process of its own, so that its work is nobody's here."""
     code = (
-        "import sys; sys.path.insert(0, '.')\n"
+        "import sys; sys.path.append('.')\n"
         "from tests.export.receiver import Inbox, grpc_receiver\n"
         "class Sink(Inbox):\n"
         "    def take(self, request, headers): return True\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_trace import __version__
+from vllm_trace.compiled import is_compiled
 from vllm_trace.errors import HookError
 from vllm_trace.hooks.resolve import Resolution, choose, resolve
 from vllm_trace.hooks.source import VllmSource
@@ -41,6 +42,8 @@ class Diagnosis:
     plugin: str = ""
     """Whether vLLM will find the plugin; a sentence."""
     vllm_trace: str = __version__
+    compiled: bool = field(default_factory=is_compiled)
+    """Whether our own hot rooms run as C."""
     python: str = sys.version.split()[0]
 
     @property
@@ -51,6 +54,7 @@ class Diagnosis:
         return {
             "schema": 1,
             "vllm_trace": self.vllm_trace,
+            "compiled": self.compiled,
             "python": self.python,
             "vllm": self.vllm,
             "where": self.where,

@@ -22,6 +22,7 @@ from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
+from vllm_trace.compiled import is_compiled
 from vllm_trace.events import (
     SCHEMA_VERSION,
     Event,
@@ -340,6 +341,7 @@ class Recorder:
         return {
             "schema": SCHEMA_VERSION,
             "vllm_trace": __version__,
+            "compiled": is_compiled(),
             "role": process_role(),
             "pid": os.getpid(),
             "parent": os.getppid(),

@@ -238,7 +238,8 @@ class TraceWriter:
         view = memoryview(frame)
         try:
             while view:
-                view = view[self._file.write(view) :]
+                num_written = self._file.write(view)
+                view = view[num_written:]
             self._num_frames, self.num_events = (
                 self._num_frames + (kind == b"E"), self.num_events + num_new
             )  # fmt: skip

@@ -128,7 +128,10 @@ class Life:
     # In all.
     num_output = 0
     num_hit: int | None = None
-    num_chunks = num_steps = num_preemptions = num_refusals = 0
+    num_chunks = 0
+    num_steps = 0
+    num_preemptions = 0
+    num_refusals = 0
     queued_ns = 0
     first_token_ns = 0
     last_chunk_ns = 0

@@ -12,12 +12,14 @@ from rich.text import Text
 from vllm_trace.doctor import Diagnosis
 from vllm_trace.hooks.resolve import Resolution
 
+COMPILED = {True: "compiled", False: "not compiled (slower, the same otherwise)"}
+
 
 def diagnosis(found: Diagnosis) -> RenderableType:
     """What ``doctor`` prints."""
     lines = Table.grid(padding=(0, 2))
     for what, said in (
-        ("vllm_trace", f"{found.vllm_trace}, Python {found.python}"),
+        ("vllm_trace", f"{found.vllm_trace}, {COMPILED[found.compiled]}, Python {found.python}"),
         ("vLLM", f"{found.vllm or 'of no known release'} in {found.where}" if found.where else "–"),
         ("hook tables", "vLLM " + "; ".join(found.tables)),
         ("plugin", found.plugin),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_trace.events import (
     BlocksCached,
@@ -38,7 +38,7 @@ class Diverged(Exception):
 class Replay:
     """``mini`` beside a trace. A mode says in ``acts`` what each kind of event makes ``mini`` do."""
 
-    needs: tuple[str, ...] = ("max_model_len", "enable_prefix_caching")
+    needs: ClassVar[tuple[str, ...]] = ("max_model_len", "enable_prefix_caching")
     """Settings of ``engine.configured`` without which there is no ``mini`` to compare with."""
 
     acts: dict[type[Event], Callable[[Any], object]]

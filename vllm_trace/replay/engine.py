@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vllm_trace.events import (
     BlocksCached,
@@ -28,7 +28,7 @@ OF_A_STEP = (
 class EngineReplay(Replay):
     """Arrivals, aborts and outcomes drive ``mini``'s scheduler; workers are judged by the manager's replay."""
 
-    needs = (
+    needs: ClassVar[tuple[str, ...]] = (
         *Replay.needs, "max_num_scheduled_tokens", "max_num_seqs", "policy", "enable_chunked_prefill",
         "long_prefill_token_threshold", "full_sequence_must_fit", "async_scheduling",
     )  # fmt: skip

@@ -7,27 +7,26 @@ many that serve every case. Whatever is not exactly one of the two goes ``mini``
 
 from __future__ import annotations
 
-from typing import Any
-
-from vllm_trace.mini.kv_cache_manager import FullAttentionSpec, KVCacheManager, RequestBlocks
+from vllm_trace.mini.kv_cache_manager import KVCacheManager, RequestBlocks
 from vllm_trace.mini.request import Request
 
 
 class SteadyManager(KVCacheManager):
     """The same blocks, and the same told of them, as ``KVCacheManager``."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._is_plain = (
+    @property
+    def is_plain(self) -> bool:
+        """What ``append_slot`` is for: one group of full attention, with prefix caching."""
+        return (
             len(self.groups) == 1
-            and isinstance(self.groups[0], FullAttentionSpec)
+            and not self.has_windows
             and self.enable_caching
             and self.block_size > 1
         )
 
     def append_slot(self, request: Request, held: RequestBlocks) -> bool:
         """``allocate_slots(request, 1)`` for a request that runs; False when it is refused."""
-        if not self._is_plain:
+        if not self.is_plain:
             return self.allocate_slots(request, 1) is not None
         table, num_tokens = held.tables[0], request.num_computed_tokens + 1
         num_blocks = len(table)

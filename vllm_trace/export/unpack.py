@@ -210,12 +210,12 @@ def take_map(raw, at, end, length, named, slot, cells, begins, rooms, used):
 
 
 @njit(cache=True, forceinline=True)
-def take_other(raw, at, end, field, row, cells, begins):
+def take_other(raw, at, end, what, slot, empty, may_lack, row, cells, begins):
     """A text, truth, fraction or JSON: whether it is one, whether a ``RARE`` field has more, byte after it."""
-    what, slot, before = field[0], field[1], at
+    before = at
     if what == OF_TEXT:
         sort, value, at = token(raw, at, end)
-        if sort == NIL and field[3]:
+        if sort == NIL and may_lack:
             cells[begins[slot] + row] = 0
             cells[begins[slot + 1] + row] = -1
         elif sort == TEXT:
@@ -237,16 +237,15 @@ def take_other(raw, at, end, field, row, cells, begins):
             return False, False, before
         cells[begins[slot] + row] = before
         cells[begins[slot + 1] + row] = at
-    more = what == RARE and not (at - before == 1 and raw[before] == field[2])
+    more = what == RARE and not (at - before == 1 and raw[before] == empty)
     return True, more, at
 
 
 @njit(cache=True, forceinline=True)
-def take_many(raw, at, end, field, row, cells, begins, rooms, used):
+def take_many(raw, at, end, what, slot, may_lack, row, cells, begins, rooms, used):
     """A list or map: whether it is one, whether there was room, whether it has a first number, that, byte after."""
-    what, slot = field[0], field[1]
     sort, length, at = token(raw, at, end)
-    if sort == NIL and field[3]:
+    if sort == NIL and may_lack:
         cells[begins[slot] + row] = -1
         return True, True, False, np.int64(0), at
     if sort != (LIST if what <= OF_LISTS_OF_HASHES else MAP) or length > end - at:
@@ -269,12 +268,11 @@ def take_many(raw, at, end, field, row, cells, begins, rooms, used):
 
 
 @njit(cache=True, forceinline=True)
-def put_absent(field, row, cells, begins):
+def put_absent(what, slot, value, row, cells, begins):
     """What stands for a field that is not in the file."""
-    slot, value = field[1], field[2]
     if slot < 0:
         return
-    if field[0] == OF_TEXT:
+    if what == OF_TEXT:
         cells[begins[slot] + row] = value >> 32
         cells[begins[slot + 1] + row] = np.int64(np.int32(value))
     else:
@@ -346,27 +344,30 @@ def unpack(
             cells[begins[own] + row] = event
             tags[event], has_step[event], has_time[event] = tag, False, False
             for place in range(num_fields):
-                field = fields[first + place]
-                what, says = field[0], field[4]
+                field = first + place
+                what, slot, absent = fields[field, 0], fields[field, 1], fields[field, 2]
+                may_lack, says = fields[field, 3], fields[field, 4]
                 if place >= there:
-                    put_absent(field, row, cells, begins)
+                    put_absent(what, slot, absent, row, cells, begins)
                 elif what in (OF_INT, PLACE):
                     good, value, at = number(raw, at, end, False)
                     if what == OF_INT:
-                        cells[begins[field[1]] + row] = value
+                        cells[begins[slot] + row] = value
                     if says == AS_STEP:
                         steps[event], has_step[event] = value, True
                     elif says == AS_TIME:
                         times[event], has_time[event] = value, True
                 elif what >= OF_INTS:
                     good, fits, some, value, at = take_many(
-                        raw, at, end, field, row, cells, begins, rooms, used
+                        raw, at, end, what, slot, may_lack, row, cells, begins, rooms, used
                     )
                     short |= not fits
                     if some and says == AS_TIME:
                         times[event], has_time[event] = value, True
                 else:
-                    good, more, at = take_other(raw, at, end, field, row, cells, begins)
+                    good, more, at = take_other(
+                        raw, at, end, what, slot, absent, may_lack, row, cells, begins
+                    )
                     if more:
                         rare[tag] = 1
                 if not good:

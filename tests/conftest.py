@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from vllm_trace.compiled import is_compiled
 from vllm_trace.hooks.source import VllmSource
 from vllm_trace.options import OTHER_VARIABLES, cache_dir
 
@@ -45,6 +46,11 @@ settings.register_profile(
     database=None,
 )
 settings.load_profile("steady")
+
+
+def pytest_runtest_setup(item):
+    if is_compiled() and item.get_closest_marker("plain"):
+        pytest.skip("for the checkout, not for the compiled package: `make test` runs it there")
 
 
 def source_of(release, folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_trace.compiled import is_compiled
+from vllm_trace.compiled import ONE_OF_THEM, is_compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTED = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["vllm_trace"]["compiled"]
@@ -23,7 +23,7 @@ def tree_of(module):
 
 def test_the_list_is_sorted_and_each_is_there():
     assert LISTED == sorted({*LISTED})
-    assert "vllm_trace.tracewriter" in LISTED  # it stands for all of them in `is_compiled`
+    assert ONE_OF_THEM in LISTED
     for module in LISTED:
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
 
@@ -38,14 +38,28 @@ def test_nothing_is_called_twice(module):
             assert {*names} <= {*HARMLESS}, f"{module}:{node.lineno}: {ast.unparse(node)}"
 
 
-def test_it_is_known_what_runs():
-    """In a process of its own, as this one may have been told otherwise."""
-    asked = "from vllm_trace import compiled, tracewriter; print(compiled.is_compiled(), tracewriter.__file__)"
+def ask(**environ):
+    """Whether a fresh process says that it is compiled, and the file of a module that would be."""
+    asked = "from vllm_trace import compiled; from vllm_trace.mini import block_pool as one; "
+    asked += "print(compiled.is_compiled(), one.__file__)"
     done = subprocess.run(
-        [sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", asked],
+        cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     said, file = done.stdout.split()
-    assert said == str(not file.endswith(".py")) == str(is_compiled())
+    return said == "True", file
+
+
+def test_it_is_known_what_runs():
+    said, file = ask()
+    assert said is not file.endswith(".py")
+    assert said is is_compiled()
+
+
+def test_the_sources_can_be_asked_for():
+    said, file = ask(VTRACE_PLAIN="1")
+    assert not said and file.endswith(".py")
+    assert ask(VTRACE_PLAIN="0") == ask()
 
 
 def test_without_a_compiler_it_is_installed_as_plain_python(tmp_path):

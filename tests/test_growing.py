@@ -12,7 +12,7 @@ from test_show import STORY, arrived, scheduled, updated
 from vllm_trace import growing
 from vllm_trace.errors import TraceError
 from vllm_trace.events import SCHEMA_VERSION, BlocksTaken
-from vllm_trace.growing import FollowedTrace, GrowingFile, GrowingTrace
+from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile
 from vllm_trace.tracewriter import TraceWriter, seal
@@ -20,8 +20,12 @@ from vllm_trace.tracewriter import TraceWriter, seal
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1 << 30, "host": "here"}
 
 
-def new(file):
-    return [event for batch in file.new_batches() for event in batch]
+def new(source):
+    """What a file, or a trace, has that is new."""
+    batches = source.new_batches()
+    if isinstance(source, GrowingTrace):
+        batches = (events for _, events in batches)
+    return [event for batch in batches for event in batch]
 
 
 ACTIONS = st.lists(
@@ -98,7 +102,8 @@ def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
     writer = TraceWriter(path, HEADER)
     file = GrowingFile(path)
     writer.write([BlocksTaken(list(range(20_000)))])
-    head_of = growing.TAIL
+    tail_path = path.with_name(path.name + TAIL_SUFFIX)
+    head_of, after = growing.TAIL, []
 
     class Emptying:
         size = head_of.size
@@ -106,16 +111,21 @@ def test_a_tail_that_is_emptied_while_it_is_read(tmp_path, monkeypatch):
         @staticmethod
         def unpack(head):
             monkeypatch.setattr(growing, "TAIL", head_of)
-            monkeypatch.setattr(writer, "_begin_tail", zero)
             writer.flush_tail()
+            with open(tail_path, "r+b") as tail:  # its zeros are there, its new head is not yet
+                after.append(tail.read(head_of.size))
+                tail.seek(0)
+                tail.write(head)
             return head_of.unpack(head)
-
-    def zero():
-        writer._tail[head_of.size : writer._used] = bytes(writer._used - head_of.size)
 
     monkeypatch.setattr(growing, "TAIL", Emptying)
     assert [] == new(file)
+    with open(tail_path, "r+b") as tail:
+        tail.write(*after)
     assert [BlocksTaken(list(range(20_000)))] == new(file)
+    writer.write([BlocksTaken([7])])
+    assert [BlocksTaken([7])] == new(file)
+    writer.close({})
 
 
 def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
@@ -140,40 +150,81 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
 
 def test_files_that_come_later_and_one_that_is_begun_anew(tmp_path):
     trace = GrowingTrace(tmp_path)
-    with pytest.raises(TraceError, match=r"no \.vtrace file"):
-        list(trace.new_events())
+    assert [] == new(trace)
+    assert f"no .vtrace file in {tmp_path} yet" == trace.problem
+    assert not trace.ended and not trace.is_written
     (tmp_path / "trace").mkdir()
     first = TraceWriter(tmp_path / "trace/engine-1.vtrace", HEADER)
     first.write(list(STORY[:3]))
-    assert list(STORY[:3]) == [event for _, event in trace.new_events()]
+    assert list(STORY[:3]) == new(trace)
     second = TraceWriter(tmp_path / "trace/worker-2.vtrace", HEADER | {"role": "worker"})
     second.write([updated(1)])
-    assert [updated(1)] == [event for _, event in trace.new_events()]
+    assert [updated(1)] == new(trace)
     first.close({})
     second.close({})
-    assert [] == list(trace.new_events()) and trace.ended
+    assert [] == new(trace) and trace.ended
     os.rename(tmp_path / "trace/engine-1.vtrace", tmp_path / "old")
     again = TraceWriter(tmp_path / "trace/engine-1.vtrace", HEADER)
     again.write([configured(), arrived(0, "x")])
-    assert [configured(), arrived(0, "x")] == [event for _, event in trace.new_events()]
+    assert [configured(), arrived(0, "x")] == new(trace)
     assert not trace.ended
+    os.remove(tmp_path / "trace/worker-2.vtrace")
+    assert [] == new(trace)
+    assert [again.path] == [file.path for file in trace.files]
+    assert [
+        f"{first.path} was begun anew while it was read",
+        f"{second.path} was removed while it was read",
+    ] == trace.problems
     again.close({})
+
+
+def test_files_are_read_in_the_order_of_time(tmp_path):
+    """What one process did while another waited stands before what that did then."""
+    trace = GrowingTrace(tmp_path)
+    writers = [TraceWriter(tmp_path / f"{name}-1.vtrace", HEADER) for name in ("a", "b")]
+    for number in range(6):
+        event = updated(number)
+        event.started_ns = number * 1000
+        writers[number % 2].write([event])
+    assert [*range(6)] == [event.step for event in new(trace)]
+    for writer in writers:
+        writer.close({})
 
 
 def test_of_a_followed_trace_the_same_is_missing_as_of_a_finished_one(tmp_path):
     lost = {"target": "vllm.x:Y.z", "state": "missing", "without": "steps have no end"}
     writer = TraceWriter(tmp_path / "main-1.vtrace", HEADER | {"hooks": [lost]})
-    followed = FollowedTrace(tmp_path)
-    assert [] == list(followed.poll())
+    followed = GrowingTrace(tmp_path)
+    assert [] == new(followed)
     assert ["vllm.x:Y.z missing: steps have no end"] == [
         said.partition(": ")[2] for said in followed.problems
     ]
     writer.close({"dropped": 2, "failures": {"vllm.x:Y.w": 3}})
-    assert [] == list(followed.poll())
+    assert [] == new(followed)
     trace = read_trace(tmp_path)
     assert [] == list(trace.records())
     assert trace.problems == followed.problems
     assert 3 == len(trace.problems)
+
+
+def test_a_damaged_file_ends_and_the_others_go_on(tmp_path):
+    first = TraceWriter(tmp_path / "engine-1.vtrace", HEADER)
+    second = TraceWriter(tmp_path / "worker-2.vtrace", HEADER)
+    (tmp_path / "foreign.vtrace").write_bytes(b"no trace")
+    trace = GrowingTrace(tmp_path)
+    first.write([BlocksTaken([1])])
+    assert [BlocksTaken([1])] == new(trace)
+    assert "" == trace.problem
+    with open(first.path, "ab") as file:
+        file.write(b"E" + b"\xff" * 100)
+    second.write([BlocksTaken([2])])
+    assert [BlocksTaken([2])] == new(trace)
+    assert "damaged" in trace.problem
+    foreign, damaged = trace.problems
+    assert "foreign.vtrace" in foreign and trace.problem == damaged
+    second.close({})
+    assert [] == new(trace)
+    first.close({})
 
 
 def test_damage_is_an_error_and_no_hang(tmp_path):

@@ -13,7 +13,7 @@ PACKAGE = "vllm_trace"
 #: free for `vllm` and `torch` (nothing else of them may be loaded before it is needed) and for what is
 #: named under LATE. A new room passes once it has its line here; `explain/cache.py` is part of `explain`.
 ROOMS = {
-    "__init__": ([], []),
+    "__init__": (["compiled"], []),
     "__main__": (["cli"], []),
     "events": ([], ["msgspec"]),
     "extending": (["errors"], []),
@@ -25,12 +25,10 @@ ROOMS = {
     "tracefile": (["errors", "events"], ["msgspec", "zstandard"]),
     "tracewriter": (["errors", "events", "packing", "tracefile"], ["msgspec", "zstandard"]),
     "compiled": ([], []),
-    "recorder": (
-        ["__init__", "compiled", "events", "options", "packing", "tracefile", "tracewriter"],
-        [],
-    ),
+    "recorder": (["__init__", "events", "options", "packing", "tracefile", "tracewriter"], []),
+    "counting": ([], []),
     "hooks": (["errors", "events", "options", "recorder", "sidecar"], ["packaging"]),
-    "sidecar": (["errors", "tracefile"], []),
+    "sidecar": (["counting", "errors", "tracefile"], []),
     "decode_rule": ([], []),
     "device_clock": ([], []),
     "patches": (["decode_rule", "device_clock", "events", "hooks", "packing", "recorder"], []),
@@ -88,6 +86,7 @@ ROOMS = {
     "export": (
         [
             "__init__",
+            "counting",
             "errors",
             "events",
             "explain",

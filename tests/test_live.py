@@ -158,7 +158,7 @@ def test_a_look_that_takes_long_still_tells_a_rate_and_is_not_waited_for_as_long
         events[-2].started_ns = number * 500_000_000
     write_trace(tmp_path, "main", 1, [events])
 
-    def new_events(trace, original=live.GrowingTrace.new_events):
+    def new_batches(trace, original=live.GrowingTrace.new_batches):
         yield from original(trace)
         clock[0] += 9
 
@@ -166,7 +166,7 @@ def test_a_look_that_takes_long_still_tells_a_rate_and_is_not_waited_for_as_long
         naps.append(seconds)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(live.GrowingTrace, "new_events", new_events)
+    monkeypatch.setattr(live.GrowingTrace, "new_batches", new_batches)
     monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=nap))
     looks = []
     live.follow_json(tmp_path, looks.append)

@@ -10,7 +10,6 @@ meantime. Files that appear later (a worker that starts after the engine) are fo
 from __future__ import annotations
 
 import heapq
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +50,8 @@ class GrowingFile(TraceFile):
         self.inode = path.stat().st_ino
         self.ended = False
         """The footer was read: nothing comes any more."""
+        self.broken = ""
+        """Why it is read no further."""
 
     @property
     def is_written(self) -> bool:
@@ -123,38 +124,54 @@ class GrowingFile(TraceFile):
 
 
 class GrowingTrace:
-    """The files of a run, as many as there are by now."""
+    """The files of a run, as many as there are by now.
+
+    One that is damaged is read no further, and the others go on.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files: dict[Path, GrowingFile] = {}
+        self.files: list[GrowingFile] = []
+        self.lost: list[str] = []
+        """What happened to files that were read and are not there any more."""
+        self._unread: dict[Path, str] = {}
+        """Files whose header cannot be read: it is being written, or they are none of ours."""
 
-    def new_events(self) -> Iterator[tuple[GrowingFile, Event]]:
-        """What each process has added since the last call, in the order of its file.
-
-        Raises: ``TraceError`` when there is no trace yet, or one is damaged.
-        """
+    def new_batches(self) -> Iterator[tuple[GrowingFile, list[Event]]]:
+        """(file, events) of all that came since the last call, merged by when each batch began."""
         self._look()
-        for file in self.files.values():
-            for batch in file.new_batches():
-                for event in batch:
-                    yield file, event
+        heap: list[_Head] = []
+        for index, file in enumerate([*self.files]):
+            _push(heap, 0, index, file, self._unless_damaged(file))
+        while heap:
+            at, index, file, events, stream = heapq.heappop(heap)
+            yield file, events
+            _push(heap, at, index, file, stream)
+
+    @staticmethod
+    def _unless_damaged(file: GrowingFile) -> Iterator[list[Event]]:
+        if not file.broken:
+            try:
+                yield from file.new_batches()
+            except (TraceError, OSError) as error:
+                file.broken = str(error)
 
     def _look(self) -> None:
         """Find files that are new; forget those that are gone or were begun anew."""
-        found = self._paths()
-        for path in list(self.files):
-            if path not in found or os.stat(path).st_ino != self.files[path].inode:
-                del self.files[path]
-        problem: TraceError | None = None
+        found = {path: inode for path in self._paths() if (inode := _inode_of(path))}
+        for file in [*self.files]:
+            if found.get(file.path) != file.inode:
+                what = "begun anew" if file.path in found else "removed"
+                self.lost.append(f"{file.path} was {what} while it was read")
+                self.files.remove(file)
+        known = {file.path for file in self.files}
+        self._unread.clear()
         for path in found:
-            if path not in self.files:
+            if path not in known:
                 try:
-                    self.files[path] = GrowingFile(path)
-                except TraceError as error:
-                    problem = error  # its header is being written
-        if not self.files:
-            raise problem or TraceError(f"no {SUFFIX} file in {self.path} yet")
+                    self.files.append(GrowingFile(path))
+                except (TraceError, OSError) as error:
+                    self._unread[path] = str(error)
 
     def _paths(self) -> list[Path]:
         if self.path.is_file():
@@ -168,61 +185,46 @@ class GrowingTrace:
     @property
     def ended(self) -> bool:
         """Every process has closed its file."""
-        return bool(self.files) and all(file.ended for file in self.files.values())
-
-
-class FollowedTrace:
-    """The files of a folder, those too that are still to come."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: list[GrowingFile] = []
-        self.broken: dict[Path, str] = {}
-        """Files that cannot be read on, and why."""
-
-    def poll(self) -> Iterator[tuple[int, list[Event]]]:
-        """(file, events) of all that came since the last poll, merged by when each batch began."""
-        self._look_for_files()
-        heap: list[tuple[int, int, list[Event], Iterator[list[Event]]]] = []
-        for index, file in enumerate(self.files):
-            self._push(heap, 0, index, self._polled(file))
-        while heap:
-            at, index, events, stream = heapq.heappop(heap)
-            yield index, events
-            self._push(heap, at, index, stream)
-
-    @staticmethod
-    def _push(heap: list, at: int, index: int, stream: Iterator[list[Event]]) -> None:
-        events = next(stream, None)
-        if events is not None:
-            times = [time for time in map(time_of, events) if time is not None]
-            heapq.heappush(heap, (max(at, times[0] if times else at), index, events, stream))
-
-    def _polled(self, file: GrowingFile) -> Iterator[list[Event]]:
-        if file.path in self.broken:
-            return
-        try:
-            yield from file.new_batches()
-        except (TraceError, OSError) as error:
-            self.broken[file.path] = str(error)
-
-    def _look_for_files(self) -> None:
-        known = {file.path for file in self.files}
-        for folder in (self.folder, self.folder / "trace"):
-            for path in sorted(folder.glob(f"*{SUFFIX}")):
-                if path not in known:
-                    try:
-                        self.files.append(GrowingFile(path))
-                    except (TraceError, OSError):
-                        continue  # its header is being written
+        return bool(self.files) and all(file.ended for file in self.files)
 
     @property
     def is_written(self) -> bool:
         """Whether any process may still write."""
-        return any(file.is_written for file in self.files if file.path not in self.broken)
+        return any(file.is_written for file in self.files if not file.broken)
+
+    @property
+    def problem(self) -> str:
+        """Why nothing, or no more, can be read just now; empty when all is well."""
+        if not self.files:
+            unread = next(iter(self._unread.values()), "")
+            return unread or f"no {SUFFIX} file in {self.path} yet"
+        return next((file.broken for file in self.files if file.broken), "")
 
     @property
     def problems(self) -> list[str]:
         """What keeps this trace from being the whole truth."""
+        broken = [file.broken for file in self.files if file.broken]
         of_files = [sentence for file in self.files for sentence in Trace.problems_of(file)]
-        return [*self.broken.values(), *of_files]
+        return [*self.lost, *self._unread.values(), *broken, *of_files]
+
+
+_Head = tuple[int, int, GrowingFile, list[Event], Iterator[list[Event]]]
+"""(when it began, number of the file, file, the batch, what follows in it)."""
+
+
+def _push(
+    heap: list[_Head], at: int, index: int, file: GrowingFile, stream: Iterator[list[Event]]
+) -> None:
+    """The next batch of a file, which began at ``at`` if none of its events tells."""
+    events = next(stream, None)
+    if events is not None:
+        began = next((time for time in map(time_of, events) if time is not None), at)
+        heapq.heappush(heap, (max(at, began), index, file, events, stream))
+
+
+def _inode_of(path: Path) -> int:
+    """0 when it is gone."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0

@@ -18,7 +18,6 @@ from rich.live import Live as Screen
 from rich.text import Text
 
 from vllm_trace import render
-from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     EngineConfigured,
     Event,
@@ -204,18 +203,16 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self.trace = GrowingTrace(path)
-        self.engines: dict[Path, Engine] = {}
-        self.problem = ""
+        self.engines: dict[GrowingFile, Engine] = {}
         self.num_events = 0
 
     def look(self, now: float | None = None) -> None:
         """Read what is new."""
-        self.problem = ""
         worked: list[Event] = []
         fresh: dict[int, Engine] = {}
-        try:
-            for file, event in self.trace.new_events():
-                self.num_events += 1
+        for file, events in self.trace.new_batches():
+            self.num_events += len(events)
+            for event in events:
                 if type(event) is StepExecuted or type(event) is StepSampled:
                     worked.append(event)
                     continue
@@ -223,13 +220,11 @@ class Follower:
                 if engine is not None:
                     engine.take(event)
                     fresh[id(engine)] = engine
-        except (TraceError, OSError) as error:
-            self.problem = str(error)
         # By the end of the reading, which may take longer than an engine that is idle is waited for.
         for engine in fresh.values():
             engine.news = time.monotonic() if now is None else now
-        for path in [path for path in self.engines if path not in self.trace.files]:
-            del self.engines[path]
+        for file in [file for file in self.engines if file not in self.trace.files]:
+            del self.engines[file]
         # Of several engines it is not known whose step a worker tells of: each counts from 1.
         if len(self.engines) == 1:
             (engine,) = self.engines.values()
@@ -241,20 +236,20 @@ class Follower:
 
     def _engine(self, file: GrowingFile, event: Event) -> Engine | None:
         """The engine of that file; one that has none yet gets it with its first scheduler event."""
-        engine = self.engines.get(file.path)
+        engine = self.engines.get(file)
         if engine is None and type(event) in (EngineConfigured, RequestArrived, StepScheduled):
-            engine = self.engines[file.path] = Engine(light=file.header.get("level") == "light")
+            engine = self.engines[file] = Engine(light=file.header.get("level") == "light")
         return engine
 
     def to_dict(self, now: float | None = None) -> dict[str, Any]:
         """The figures of this look as plain values: a line of ``--follow --json``."""
         now = time.monotonic() if now is None else now
         told = []
-        for path, engine in self.engines.items():
+        for file, engine in self.engines.items():
             steps, tokens = engine.rates(now - engine.news)
             told.append(
                 {
-                    "process": path.stem,
+                    "process": file.path.stem,
                     "step": engine.step.step if engine.step else 0,
                     "steps_per_s": round(steps, 2),
                     "tokens_per_s": round(tokens, 2),
@@ -268,7 +263,7 @@ class Follower:
                 }
             )
         return {
-            "schema": 1, "events": self.num_events, "engines": told, "problem": self.problem,
+            "schema": 1, "events": self.num_events, "engines": told, "problem": self.trace.problem,
             "ended": self.trace.ended,
         }  # fmt: skip
 
@@ -316,18 +311,19 @@ def _looks(follower: Follower, seconds: float, every: float) -> Iterator[None]:
 
 def view(follower: Follower, width: int, height: int, only_map: bool = False) -> RenderableType:
     """What one look shows, for a screen of that size."""
+    problem = follower.trace.problem
     if not follower.engines:
-        return Text(f"waiting: {follower.problem or 'no engine has begun yet'}")
+        return Text(f"waiting: {problem or 'no engine has begun yet'}")
     now = time.monotonic()
     parts: list[RenderableType] = []
     room = max(10, height - 2) // len(follower.engines)
-    for path, engine in follower.engines.items():
+    for file, engine in follower.engines.items():
         if len(follower.engines) > 1:
-            parts.append(Text(path.stem, style="bold"))
+            parts.append(Text(file.path.stem, style="bold"))
         parts += _engine_view(engine, now - engine.news, width, room, only_map)
-    if follower.problem:
-        parts.append(Text(follower.problem, style="yellow"))
-    dropped = sum(file.dropped for file in follower.trace.files.values())
+    if problem:
+        parts.append(Text(problem, style="yellow"))
+    dropped = sum(file.dropped for file in follower.trace.files)
     if dropped:
         parts.append(Text(f"{dropped} events were dropped", style="yellow"))
     if follower.trace.ended:

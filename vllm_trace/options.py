@@ -19,6 +19,8 @@ VIEWS = ("summary", "steps", "blocks", "requests", "kernels", "events")
 OTHER_VARIABLES = {
     "VTRACE_CACHE": "folder for environments, checkpoints and vLLM's own caches",
     "VTRACE_LEARN_DIR": "folder for what `learn` remembers",
+    "VTRACE_PLAIN": "1: run the Python sources where the package is compiled",
+    "VTRACE_COMPILE": "0: install as plain Python; 1: fail where it cannot be compiled",
     "VTRACE_PYTHON": "the Python 3.11 that the environment is made with, for set-up only",
     "VTRACE_TORCH_INDEX": "PyTorch's CPU wheel index, for set-up only",
     "VTRACE_HYPOTHESIS_EXAMPLES": "how many random examples the tests try",

@@ -22,7 +22,6 @@ from typing import Any
 from weakref import WeakSet
 
 from vllm_trace import __version__
-from vllm_trace.compiled import is_compiled
 from vllm_trace.events import (
     SCHEMA_VERSION,
     Event,
@@ -341,7 +340,6 @@ class Recorder:
         return {
             "schema": SCHEMA_VERSION,
             "vllm_trace": __version__,
-            "compiled": is_compiled(),
             "role": process_role(),
             "pid": os.getpid(),
             "parent": os.getppid(),

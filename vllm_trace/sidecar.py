@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_trace.counting import counted, were
 from vllm_trace.errors import UsageError
 from vllm_trace.tracefile import is_running
 
@@ -50,11 +51,13 @@ class Told:
         again = f"\n  They are in the trace: vllm-trace export {folder} --to otlp -o {self.url}"
         if self.error:
             return f"no spans were sent to {self.url}: {self.error}{again}"
-        said = f"{self.spans} spans of {self.requests} requests to {self.url}"
+        said = (
+            f"{counted(self.spans, 'spans')} of {counted(self.requests, 'requests')} to {self.url}"
+        )
         if not self.dropped:
             return said
         why = "; ".join(f"{count} × {reason}" for reason, count in self.reasons.items())
-        return f"{said}; {self.dropped} were not delivered: {why}{again}"
+        return f"{said}; {self.dropped} {were(self.dropped)} not delivered: {why}{again}"
 
 
 class Sidecar:
@@ -199,7 +202,8 @@ class Watch:
         self._since: float | None = None
 
     def __call__(self, followed: Any) -> bool:
-        if not followed.files or followed.is_written:
+        begun = followed.files or followed.lost
+        if followed.is_written or not begun:
             self._since = None
             return False
         if self._since is None:

@@ -102,7 +102,7 @@ def test_the_command_writes_beside_the_trace(tmp_path, capsys):
     assert 0 == main(["export", str(path), "--to", "jaeger-json"])
     made = json.loads((tmp_path / "hello.jaeger-json.json").read_text())
     assert 21 == len(made["data"])
-    assert "wrote 148 spans, 21 traces, 1 requests" in capsys.readouterr().err
+    assert "wrote 148 spans, 21 traces, 1 request" in capsys.readouterr().err
 
 
 JAEGER = os.environ.get("JAEGER_OTLP", ""), os.environ.get("JAEGER_QUERY", "")

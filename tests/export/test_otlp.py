@@ -170,9 +170,21 @@ def test_a_receiver_that_never_answers_is_given_up(protocol, monkeypatch):
         return usual(self, *words)
 
     monkeypatch.setattr(sending.Sender, "send", counted)
-    with half_open() as url, pytest.raises(ExportError, match="nothing was delivered"):
+    with half_open() as url, pytest.raises(ExportError, match="nothing was delivered") as caught:
         send(url, "mixed")
     assert GIVE_UP == len(tried)  # of many more batches
+    reasons = str(caught.value).partition("delivered to")[2].split("; ")
+    assert 2 == len(reasons) and "given up" in reasons[1]  # each time the same, whatever the clock
+
+
+def test_a_receiver_that_says_something_else_each_time_fills_no_memory():
+    told = sending.Delivered()
+    for number in range(1000):
+        told.drop(2, f"request {number} refused: " + "x" * 10_000)
+    told.drop(1, "request 0 refused: " + "x" * 10_000)
+    assert 2001 == told.dropped == sum(told.reasons.values())
+    assert sending.MAX_REASONS + 1 == len(told.reasons) and len(told.text) < 4000
+    assert 2 * (1000 - sending.MAX_REASONS) == told.reasons["other reasons"]
 
 
 @pytest.mark.parametrize(
@@ -295,7 +307,7 @@ def test_the_exit_code_tells_what_was_lost(tmp_path, capsys, monkeypatch):
     inbox.reject = 1
     with grpc_receiver(inbox) as url:
         assert 1 == main(["export", str(GOLD / "hello.vtrace"), "--to", "otlp", "-o", url])
-    assert "1 spans were not delivered" in capsys.readouterr().err
+    assert "1 span was not delivered" in capsys.readouterr().err
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     assert 2 == main(["export", str(GOLD / "hello.vtrace"), "--to", "otlp", "-o", closed_port()])
     assert "nothing was delivered" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def test_a_truncated_trace_is_shown_as_far_as_it_goes_and_marked(tmp_path):
     written(tmp_path / "trace", events, ended="killed", dropped=3)
     found, done = timeline(tmp_path / "trace", tmp_path)
     assert [] == found.faults
-    assert ["1 requests are not finished at the end; they are marked so"] == done.notes
+    assert ["not finished at the end, and marked so: 1 request"] == done.notes
     assert found.on("r-0")[0].facts["unfinished"] is True
     said = [each.name for each in found.on("this trace is not whole")]
     assert ["main-7: 3 events were dropped", "main-7: truncated (the process was killed)"] == said

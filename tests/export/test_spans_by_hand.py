@@ -111,13 +111,20 @@ def test_rare_facts_of_an_arrival(tmp_path):
 
 
 def test_spec_decode_counts_its_tokens(tmp_path):
+    """Those that a step computes, and those that came of it; the second step is as the one before."""
     events = one_request()
-    events[-5:-3] = [recorded.step(2, [0], [4]), recorded.updated(2, [[8, 9, 10]])]
-    events[-1].num_output_tokens = 4
+    events[-5:-3] = [
+        recorded.step(2, [0], [4]), recorded.updated(2, [[8, 9, 10]]),
+        recorded.step(3, [0], [4]), recorded.updated(3, [[11]]),
+    ]  # fmt: skip
+    events[-1].at_ns, events[-1].num_output_tokens = 36, 5
     found = by_hand(tmp_path, events)
     (root,) = roots(found).values()
     (decode,) = children(found, root, "decode")
-    assert 3 == decode.attributes[a.NUM_OUTPUT] == decode.events[0].attributes[a.NUM_OUTPUT]
+    assert [3, 1] == [event.attributes[a.NUM_OUTPUT] for event in decode.events]
+    assert 4 == decode.attributes[a.NUM_OUTPUT]
+    steps = sorted((s for s in found if s.name == "engine_step"), key=lambda s: s.start_ns)
+    assert [0, 4, 4] == [step.attributes.get(a.DECODE_TOKENS, 0) for step in steps]
 
 
 def test_a_long_decode_is_several_spans_and_the_log_stays_short(tmp_path):
@@ -134,7 +141,7 @@ def test_a_long_decode_is_several_spans_and_the_log_stays_short(tmp_path):
     for event in events[:-3] + more + end:
         fold.feed(process, [event])
         found += fold.take()
-        longest = max(longest, len(fold.engines[0].log.events))
+        longest = max(longest, len(fold.engines[0].decodes.log.events))
     fold.end()
     found += fold.take()
     assert_trees(found)
@@ -143,7 +150,7 @@ def test_a_long_decode_is_several_spans_and_the_log_stays_short(tmp_path):
     assert all(1 <= len(one.events) <= 16 for one in decodes)
     assert [*range(2, 100)] == [e.attributes[a.STEP] for one in decodes for e in one.events]
     assert longest <= 17
-    assert not fold.engines[0].steps and not fold.engines[0].lives
+    assert not fold.engines[0].steps.open and not fold.engines[0].lives
 
 
 def test_async_scheduling_ends_a_request_with_a_step_in_flight(tmp_path):

@@ -25,7 +25,7 @@ from vllm_trace.errors import UsageError
 from vllm_trace.events import SCHEMA_VERSION, BlocksFreed, StepScheduled
 from vllm_trace.export import ExportOptions, streaming
 from vllm_trace.export.spans import spans
-from vllm_trace.growing import FollowedTrace, GrowingFile
+from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.trace import read_trace
 from vllm_trace.tracefile import SUFFIX
 from vllm_trace.tracewriter import TraceWriter, seal
@@ -188,10 +188,10 @@ def subprocess_that_ended() -> int:
 def test_steps_that_lean_on_the_one_before_are_whole(tmp_path):
     """On disk a list is left out when it is as in the last step; a follower puts it back."""
     writer = TraceWriter(tmp_path / f"main-1{SUFFIX}", HEADER)
-    followed, steps = FollowedTrace(tmp_path), []
+    followed, steps = GrowingTrace(tmp_path), []
 
     def poll():
-        for _, events in followed.poll():
+        for _, events in followed.new_batches():
             steps.extend(event.requests for event in events)
 
     writer.write([StepScheduled(1, 1, 1, 1, 0, 5, 0, [3], [1])])
@@ -205,20 +205,15 @@ def test_steps_that_lean_on_the_one_before_are_whole(tmp_path):
     assert [[3], [3], [3]] == steps
 
 
-def test_a_damaged_file_ends_and_the_others_go_on(tmp_path):
-    first = TraceWriter(tmp_path / f"engine-1{SUFFIX}", HEADER)
-    second = TraceWriter(tmp_path / f"worker-2{SUFFIX}", HEADER)
-    followed = FollowedTrace(tmp_path)
-    first.write([BlocksFreed([1], [0])])
-    assert 1 == len(list(followed.poll()))
-    with open(first.path, "ab") as file:
-        file.write(b"E" + b"\xff" * 100)
-    second.write([BlocksFreed([2], [0])])
-    assert [1] == [index for index, _ in followed.poll()]
-    assert [first.path] == list(followed.broken) and "damaged" in followed.problems[0]
-    second.close({})
-    assert [] == list(followed.poll())
-    first.close({})
+def test_who_follows_a_trace_ends_when_it_is_removed(tmp_path):
+    watch, trace = sidecar.Watch(seconds=-1), GrowingTrace(tmp_path)
+    assert not list(trace.new_batches()) and not watch(trace)  # it may still come
+    writer = TraceWriter(tmp_path / f"main-1{SUFFIX}", HEADER | {"pid": os.getpid()})
+    assert not list(trace.new_batches()) and not watch(trace)
+    writer.path.unlink()
+    assert not list(trace.new_batches()) and watch(trace)
+    assert [f"{writer.path} was removed while it was read"] == trace.problems
+    writer.close({})
 
 
 # Sending ----------------------------------------------------------------------------------
@@ -404,7 +399,7 @@ def test_export_follows_by_hand_until_the_writers_are_gone(tmp_path):
             "export", tmp_path / "t", "--to", "otlp", "-o", url, "--follow", cwd=tmp_path
         )
     assert 0 == done.returncode, done.stderr
-    assert f"vllm-trace: 148 spans of 1 requests to {url}\n" == done.stderr
+    assert f"vllm-trace: 148 spans of 1 request to {url}\n" == done.stderr
 
 
 def test_ctrl_c_ends_the_following_and_what_was_read_is_sent(tmp_path):
@@ -425,7 +420,7 @@ def test_ctrl_c_ends_the_following_and_what_was_read_is_sent(tmp_path):
         _, said = process.communicate(timeout=60)
     live.close({})
     growing.writer.close({})
-    assert 0 == process.returncode and "spans of 1 requests" in said
+    assert 0 == process.returncode and "spans of 1 request to" in said
     assert "llm_request" in {span.name for span, _ in inbox.spans}
 
 

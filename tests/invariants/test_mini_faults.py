@@ -57,6 +57,7 @@ def test_without_a_fault_every_invariant_holds_and_every_event_is_consumed(sound
         assert result.passed, (mode, result.divergence, result.not_judged)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_in_mini_is_caught_by_its_invariant_at_the_first_event(name):
     fault = FAULTS[name]
@@ -65,6 +66,7 @@ def test_each_fault_in_mini_is_caught_by_its_invariant_at_the_first_event(name):
     assert events[found.event_number - 1].kind == fault.kind
 
 
+@pytest.mark.plain
 def test_the_table_of_the_document_is_current():
     held = make_doc.DOC.read_text()
     assert make_doc.fill(held, **{"mini-faults": mini_faults.table()}) == held, make_doc.AGAIN

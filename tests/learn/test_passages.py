@@ -100,6 +100,7 @@ def test_a_line_that_the_plan_names(id, line):
     assert line == known()["0.11.2"][id][2]
 
 
+@pytest.mark.plain
 def test_the_page_is_what_the_command_makes():
     assert sourcemap.page() == sourcemap.PAGE.read_text(encoding="utf-8")
 

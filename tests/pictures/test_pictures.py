@@ -33,6 +33,7 @@ def run(capsys, *words):
     return code, told.out, told.err
 
 
+@pytest.mark.plain
 def test_one_command_draws_all_six_twice(capsys, tmp_path):
     code, out, _ = run(capsys, "-o", tmp_path)
     assert 0 == code
@@ -46,6 +47,7 @@ def lane_version():
     return re.search(r"^matplotlib==(\S+)", pins, re.M)[1]
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("theme", THEMES)
 def test_the_shipped_pictures_are_what_the_command_draws(tmp_path, theme):
     import matplotlib

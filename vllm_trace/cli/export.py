@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_trace.cli.parser import AddVerb
 from vllm_trace.cli.printing import print_json, say
+from vllm_trace.counting import counted
 from vllm_trace.errors import UsageError, unknown
 
 
@@ -62,7 +63,7 @@ def _export(arguments: argparse.Namespace) -> int:
     output = arguments.output or _beside(arguments.trace, chosen)
     options = export.ExportOptions(detail=arguments.detail, tokens=arguments.tokens)
     done = export.export(trace, chosen.name, output, options)
-    told = ", ".join(f"{count} {noun}" for noun, count in done.counts.items())
+    told = ", ".join(counted(count, noun) for noun, count in done.counts.items())
     where = f" to {output}" if output and output != STDOUT else ""
     say(f"wrote {told or 'nothing'}{where}")
     for sentence in [*trace.problems, *done.notes, *done.problems]:

@@ -1,14 +1,11 @@
 """One engine's events, folded into the spans of its requests and of its steps.
 
 Facts of a call come before the call ("inner before outer") and have no time: they wait in
-``pending`` for the next event that has one. A step in which the same requests decode as in the one
-before costs no look at any of them: its event goes into a log that they share.
+``pending`` for the next event that has one.
 """
 
 from __future__ import annotations
 
-import re
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -28,42 +25,20 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.export.forms import STEP
+from vllm_trace.export.decodes import MAX_STEPS, Decodes
+from vllm_trace.export.layers import LayerGroups
+from vllm_trace.export.open_steps import LAG, OpenSteps
 from vllm_trace.export.prefix import PrefixHistory
 from vllm_trace.export.request_spans import Life
-from vllm_trace.export.span import Emit, Resource, SpanEvent, Traceparent
-from vllm_trace.export.step_log import StepLog
+from vllm_trace.export.span import Emit, Resource, Traceparent
 from vllm_trace.export.step_spans import Step, StepIds, emit_step
-from vllm_trace.state import NULL_BLOCK
-
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
-
-MAX_DECODE_STEPS = 1024
-"""A decode span ends after so many steps and another begins: no span grows with the output."""
-
-LAG = 4
-"""Steps whose results are in wait for so many later ones: a worker's facts may come after."""
-
-AT_ONCE = 16
-"""Steps that are emitted one after the other: looking after each step what can go costs more."""
-
-MAX_OPEN_STEPS = 256
-"""Steps without results that are waited for."""
-
-MAX_LAYER_LISTS = 64
-"""Lists of layers whose groups are remembered; a model has one or two."""
+from vllm_trace.state import NULL_BLOCK, computes_prompt
 
 NAMES_KEPT = 4096
 """Names of finished requests that can still be somebody's taker."""
 
 Sampler = Callable[[bytes, "Traceparent | None"], bool]
 """Whether the trace of this id, a child of that remote span, is exported."""
-
-
-def layer_index(name: str) -> int:
-    """The layer's number in the model: 3 for ``model.layers.3.self_attn.attn``; -1 if none."""
-    match = _LAYER.search(name)
-    return int(match[1]) if match else -1
 
 
 class Engine:
@@ -81,7 +56,7 @@ class Engine:
         host: str = "",
         detail: bool = False,
         tokens: bool = False,
-        max_steps: int = MAX_DECODE_STEPS,
+        max_steps: int = MAX_STEPS,
         lag: int = LAG,
     ) -> None:
         self.host = host
@@ -92,15 +67,13 @@ class Engine:
         self.emit = emit
         self.sampler = sampler
         self.detail, self.tokens = detail, tokens
-        self.max_steps, self.lag = max_steps, lag
         self.names: dict[int, str] = {}
         self.lives: dict[int, Life] = {}
         self.history = PrefixHistory()
         self.step_ids = StepIds(*identity)
-        self.steps: dict[int, Step] = {}
-        self.log = StepLog()
-        self.in_flight: dict[int, int] = {}
-        """Step without results → its place in the log."""
+        self.steps = OpenSteps(lag, self._emit_step)
+        self.decodes = Decodes(max_steps, offset)
+        self.layers = LayerGroups()
         self.num_requests = self.num_unsampled = 0
         self.last_ns = 0
         self._pending: list[tuple[Any, ...]] = []
@@ -110,20 +83,6 @@ class Engine:
         """Free blocks when the last call had returned."""
         self._refused: int = -1
         self._ending: list[Life] = []
-        self._batch: dict[int, Life] = {}
-        """Requests that decode in the steps that are going on."""
-        self._batch_of: tuple[Any, Any] | None = None
-        """The composition that ``_batch`` is of, when all of it decodes."""
-        self._decodes: deque[tuple[int, int, bytes]] = deque()
-        """(place in the log, request, id) of decodes in the order in which they began; some have ended."""
-        self._last_step = 0
-        self._look_at = lag + AT_ONCE
-        """Open steps at which it is looked what can go."""
-        self._emitted_step = 0
-        self._groups: dict[int, int] = {}
-        self._groups_of: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        self.late = 0
-        """Facts of workers that came when their step had been emitted."""
 
     # Names ----------------------------------------------------------------------------
 
@@ -139,19 +98,6 @@ class Engine:
             self.num_requests += 1
         return life
 
-    def groups_of(self, layers: list[int]) -> list[tuple[int, list[int]]]:
-        """(KV-cache group, places in ``layers`` of its own); a layer that is not known is in group 0."""
-        key = tuple(layers)
-        found = self._groups_of.get(key)
-        if found is None:
-            places: dict[int, list[int]] = {}
-            for place, layer in enumerate(layers):
-                places.setdefault(self._groups.get(layer, 0), []).append(place)
-            if len(self._groups_of) >= MAX_LAYER_LISTS:
-                self._groups_of.clear()
-            found = self._groups_of[key] = [*places.items()]
-        return found
-
     def sees(self, request_id: str) -> bool:
         """Whether a request of that name is here: a worker that knows it is one of this engine's."""
         return any(life.name == request_id for life in self.lives.values())
@@ -163,12 +109,7 @@ class Engine:
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)
         self.history.configured(event)
-        self._groups = {
-            layer_index(name): place
-            for place, group in enumerate(event.groups)
-            for name in group.layers
-        }
-        self._groups_of.clear()
+        self.layers.configured(event)
         self._free = event.num_blocks - 1
         self.last_ns = max(self.last_ns, event.at_ns)
 
@@ -241,8 +182,7 @@ class Engine:
         self._free = event.num_free_blocks
         life = self._life(event.request, self.last_ns)
         life.end_decode()
-        self._batch.pop(event.request, None)
-        self._batch_of = None
+        self.decodes.leave(event.request)
         life.computed, life.waiting, life.resumed = 0, True, True
         life.goal = max(life.goal, event.num_computed_tokens)
         life.queued_since = self.last_ns
@@ -251,51 +191,33 @@ class Engine:
 
     # Steps ----------------------------------------------------------------------------
 
-    def step(self, number: int) -> Step:
-        found = self.steps.get(number)
-        if found is None:
-            found = self.steps[number] = Step(number)
-        return found
-
     def worked(self, process: Any, event: Any) -> None:
         """A worker's fact about a step."""
-        if event.step <= self._emitted_step and event.step not in self.steps:
-            self.late += 1
-            return
-        step = self.step(event.step)
-        if step.parts is None:
-            step.parts = {}
-        told = step.parts.get(process)
-        if told is None:
-            told = step.parts[process] = []
-        told.append(event)
+        self.steps.worked(process, event)
 
     def scheduled(self, event: StepScheduled) -> None:
         at = event.started_ns
         self.last_ns = at + event.dur_ns
         if self._ending:
             self._finish_ending()
-        step = self.step(event.step)
+        step = self.steps.at(event.step)
         step.scheduled = event
-        if self._batch_of is not None and (event.requests, event.num_tokens) == self._batch_of:
-            step.decode_tokens = len(self._batch)
-            self._log(step, event)
+        decodes = self.decodes
+        if (event.requests, event.num_tokens) == decodes.batch_of:
+            decodes.note(event.step, self.last_ns)
+            step.decode_tokens = decodes.num_tokens
         else:
             self._compose(step, event)
         if self._pending:
             self._settle(at, self.last_ns, event.step)
         self._refused = -1
         self._free = event.num_free_blocks
-        if self._decodes and self.log.end - self._decodes[0][0] >= self.max_steps:
-            self._split_decodes(event)
-
-    def _log(self, step: Step, event: StepScheduled) -> None:
-        made = SpanEvent(STEP, self.last_ns + self.offset, (event.step,))
-        self.in_flight[event.step] = self.log.append(made)
+        if decodes.begun and decodes.log.end - decodes.begun[0][0] >= decodes.max_steps:
+            decodes.split(event, self.lives)
 
     def _compose(self, step: Step, event: StepScheduled) -> None:
         """A step unlike the one before: look at each request that did not decode in that."""
-        batch, chunks = self._batch, []
+        batch, chunks = self.decodes.batch, []
         requests, counts = event.requests or (), event.num_tokens or ()
         num_staying = len(requests)
         joining: list[Life] = []
@@ -306,59 +228,21 @@ class Engine:
             life = self._life(request, event.started_ns)
             if life.waiting:
                 life.admit(event.started_ns)
-            if not life.decode_id and self._computes_prompt(event, life, counts[place]):
+            before = life.computed if self.full and life.goal else None
+            if not life.decode_id and computes_prompt(
+                event, request, counts[place], before, life.goal
+            ):
                 step.prefill_tokens += counts[place]
                 chunks.append(life.schedule(event, place, counts[place]))
             else:
                 joining.append(life)
         step.chunks = chunks
         step.decode_tokens = sum(counts) - step.prefill_tokens
-        end = self.log.end
-        if len(batch) > num_staying:
-            for request in batch.keys() - requests:
-                batch.pop(request).leave_range(end)
-        for life in joining:
-            if not life.decode_id:
-                life.begin_decode(event)
-                self._decodes.append((end, life.number, life.decode_id))
-            life.open = end
-            batch[life.number] = life
-        if batch:
-            self._log(step, event)
-        whole = batch and not step.chunks
-        self._batch_of = (event.requests, event.num_tokens) if whole else None
+        self.decodes.compose(event, self.last_ns, joining, num_staying, step.decode_tokens)
         concerned = [*event.new, *event.resumed, *event.preempted]
         if concerned:
             lives = [self.lives[request] for request in concerned if request in self.lives]
             step.links = [life.link() for life in lives if life.sampled]
-
-    def _computes_prompt(self, event: StepScheduled, life: Life, count: int) -> bool:
-        if self.full and life.goal:
-            return life.computed < life.goal
-        # Level light has no hits, so where a request stands is not known. A chunk of a single
-        # token, other than the first, is taken for a decode.
-        more = count - event.num_spec_tokens.get(life.number, 0)
-        return more > 1 or life.number in event.new or life.number in event.resumed
-
-    def _split_decodes(self, event: StepScheduled) -> None:
-        """Decodes that are long enough end before this step and begin anew with it."""
-        end = self.log.end - 1 if self.in_flight.get(event.step) is not None else self.log.end
-        while self._decodes:
-            begin, number, decode_id = self._decodes[0]
-            life = self.lives.get(number)
-            current = life is not None and life.decode_id == decode_id
-            if current and end - begin < self.max_steps - 1:
-                break
-            self._decodes.popleft()
-            if life is not None and current:
-                going_on = life.open >= 0 and life.number in self._batch
-                life.leave_range(end)
-                life.end_decode()
-                life.begin_decode(event)
-                if going_on:
-                    life.open = end
-                self._decodes.append((end, life.number, life.decode_id))
-        self.log.forget(self._decodes[0][0] if self._decodes else end)
 
     # What waited for a time -----------------------------------------------------------
 
@@ -376,15 +260,9 @@ class Engine:
 
     def updated(self, event: StepUpdated) -> None:
         end = self.last_ns = event.started_ns + event.dur_ns
-        step = self.steps.get(event.step) or self.step(event.step)
-        step.updated = event
+        step = self.steps.done(event)
         counts = event.num_output_tokens
-        place = self.in_flight.pop(event.step, None)
-        logged = None if place is None else self.log.at(place)
-        if logged is not None:
-            logged.at_ns, logged.wire = event.started_ns + self.offset, None
-            if counts is not None:
-                logged.values = (event.step, 1)
+        place = self.decodes.updated(event.step, event.started_ns, counts is not None)
         if step.scheduled is not None:
             if place is not None and counts is not None and counts.count(1) != len(counts):
                 self._note_exceptions(step, place, counts)
@@ -401,10 +279,8 @@ class Engine:
             self._settle(event.started_ns, end, event.step)
         if self._ending:
             self._finish_ending()
-        if event.step > self._last_step:
-            self._last_step = event.step
-        if len(self.steps) >= self._look_at:
-            self._emit_steps()
+        if len(self.steps.open) >= self.steps.look_at:
+            self.steps.look()
 
     def _gone_before(self, life: Life, results_ns: int) -> bool:
         """Whether it was aborted while the step ran: vLLM throws its results away."""
@@ -448,20 +324,8 @@ class Engine:
             if life is not None:
                 life.token_ids += ids
 
-    def _emit_steps(self) -> None:
-        """Steps that have waited long enough for their workers' facts."""
-        while self.steps:
-            oldest = next(iter(self.steps.values()))
-            ready = oldest.updated is not None and self._last_step - oldest.number >= self.lag
-            if not ready and len(self.steps) <= MAX_OPEN_STEPS:
-                break
-            self._emit_step(oldest)
-        self._look_at = max(self.lag, len(self.steps)) + AT_ONCE
-
     def _emit_step(self, step: Step) -> None:
-        del self.steps[step.number]
-        self._emitted_step = max(self._emitted_step, step.number)
-        self.in_flight.pop(step.number, None)
+        self.decodes.in_flight.pop(step.number, None)
         trace_id = self.step_ids.trace_id(step.number)
         if self.sampler(trace_id, None):
             emit_step(step, trace_id, self)
@@ -483,23 +347,21 @@ class Engine:
             self._finish(life, 0)
 
     def _finish(self, life: Life, last_ns: int) -> None:
-        if self._batch.pop(life.number, None) is not None:
-            self._batch_of = None
+        self.decodes.leave(life.number)
         life.finish(last_ns)
         if self.lives.get(life.number) is life:
             del self.lives[life.number]
 
     def settle_steps(self) -> None:
         """Nothing more is coming for now: steps whose results are in need not wait."""
-        for step in [step for step in self.steps.values() if step.updated is not None]:
-            self._emit_step(step)
+        self.steps.settle()
 
     def end(self) -> None:
         """The trace is over: what is open ends here and says so."""
         if self._pending:
             self._settle(self.last_ns, self.last_ns)
         self._finish_ending()
-        for step in [*self.steps.values()]:
+        for step in self.steps.cut_short():
             for chunk in step.chunks:
                 known = self.lives.get(chunk.life.number)
                 if known is not None and known is chunk.life:
@@ -507,5 +369,4 @@ class Engine:
             step.chunks = ()
         for life in [*self.lives.values()]:
             self._finish(life, self.last_ns)
-        for step in [*self.steps.values()]:
-            self._emit_step(step)
+        self.steps.end()

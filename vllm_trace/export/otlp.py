@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_trace.counting import counted, were
 from vllm_trace.export import Exported, ExportOptions, _write, exporter
 from vllm_trace.export.batcher import Batcher
 from vllm_trace.export.endpoint import endpoint_of, is_url, sampler_of
@@ -93,7 +94,8 @@ def _send(trace: Trace, url: str, fold: SpanFold) -> Exported:
         raise undelivered(delivered, endpoint.url)
     done = Exported({"spans": delivered.sent, "requests": fold.num_requests})
     if delivered.dropped:
-        done.problems.append(f"{delivered.dropped} spans were not delivered: {delivered.text}")
+        dropped = f"{counted(delivered.dropped, 'spans')} {were(delivered.dropped)}"
+        done.problems.append(f"{dropped} not delivered: {delivered.text}")
     return done
 
 
@@ -101,11 +103,10 @@ def notes_of(trace: Trace, fold: SpanFold, options: ExportOptions) -> list[str]:
     """What the user may not expect."""
     said = []
     if fold.num_unsampled:
-        said.append(
-            f"{fold.num_unsampled} requests were left out: their client, or a sampler, says so"
-        )
+        left_out = f"{counted(fold.num_unsampled, 'requests')} {were(fold.num_unsampled)} left out"
+        said.append(f"{left_out}: the client, or a sampler, says so")
     if fold.num_late:
-        said.append(f"{fold.num_late} facts of workers came too late for their step")
+        said.append(f"{counted(fold.num_late, 'facts of workers')} came too late for their step")
     if options.tokens and not any(file.header.get("tokens") for file in trace.files):
         said.append("the trace has no token ids: they are recorded with --tokens")
     return said

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from vllm_trace.counting import counted
 from vllm_trace.events import (
     AttentionCalled,
     AttentionPlanned,
@@ -412,9 +413,8 @@ class _Timeline:
         for step in self.steps.values():
             self._write_step(step, None)
         if self.requests:
-            self.notes.append(
-                f"{len(self.requests)} requests are not finished at the end; they are marked so"
-            )
+            open_ones = counted(len(self.requests), "requests")
+            self.notes.append(f"not finished at the end, and marked so: {open_ones}")
         for request in list(self.requests):
             self._end_request(request, self.now, {"unfinished": True})
 

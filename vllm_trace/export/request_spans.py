@@ -77,7 +77,7 @@ class Chunk:
 class Life:
     """One request that is not finished.
 
-    ``engine`` gives what all requests of it share: ``emit``, ``offset``, ``resource``, ``log``.
+    ``engine`` gives what all requests of it share: ``emit``, ``offset``, ``resource``, ``decodes``.
     """
 
     def __init__(
@@ -325,13 +325,14 @@ class Life:
         if not self.decode_id:
             return
         engine = self.engine
-        self.leave_range(engine.log.end)
+        log = engine.decodes.log
+        self.leave_range(log.end)
         pieces: list[Piece] = []
         tokens = 0
         latest = end_ns or engine.last_ns
         for begin, last in self.ranges:
             tokens += self._add_pieces(pieces, begin, last, latest)
-        events: Sequence[SpanEvent] = LogEvents(engine.log, pieces)
+        events: Sequence[SpanEvent] = LogEvents(log, pieces)
         if engine.full:
             self.num_output += tokens
         links: tuple[Link, ...] = ()
@@ -369,10 +370,11 @@ class Life:
         A step whose results are not in brought none, as far as this request is concerned. Returns
         the tokens that the range brought.
         """
-        engine, log = self.engine, self.engine.log
+        engine, decodes = self.engine, self.engine.decodes
+        log = decodes.log
         own: dict[int, SpanEvent] = {}
         tokens, later = end - begin, False
-        for place in engine.in_flight.values():
+        for place in decodes.in_flight.values():
             if begin <= place < end:
                 self.exceptions.setdefault(place, 0)
                 shared = log.at(place)

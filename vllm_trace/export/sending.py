@@ -159,7 +159,10 @@ def _innermost(error: Exception) -> str:
     inner: Any = error
     while inner.args and isinstance(getattr(inner.args[0], "reason", inner.args[0]), Exception):
         inner = getattr(inner.args[0], "reason", inner.args[0])
-    said = re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", str(inner))
+    own = () if isinstance(inner, OSError) else inner.args
+    texts = [part for part in own if isinstance(part, str)]
+    said = re.sub(r"^HTTPS?Connection(Pool)?\(.*?\): ", "", texts[-1] if texts else str(inner))
+    said = re.sub(r" \((read|connect) timeout=.*?\)", "", said)  # each time another number
     return "no answer of HTTP" if "BadStatusLine" in repr(error) else said
 
 
@@ -177,6 +180,13 @@ HINTS = {
 """Words of a reason → what to do."""
 
 
+MAX_REASONS = 8
+"""That are told apart: a receiver may say something else each time."""
+
+MAX_REASON = 300
+"""Characters of one."""
+
+
 @dataclass
 class Delivered:
     """How many spans went where."""
@@ -192,6 +202,9 @@ class Delivered:
     def drop(self, count: int, reason: str) -> None:
         if count:
             self.dropped += count
+            reason = reason[:MAX_REASON]
+            if reason not in self.reasons and len(self.reasons) >= MAX_REASONS:
+                reason = "other reasons"
             self.reasons[reason] = self.reasons.get(reason, 0) + count
 
     @property

@@ -43,7 +43,10 @@ from vllm_trace.events import (
     TableRowChanged,
 )
 from vllm_trace.export import attributes as a
-from vllm_trace.export.engine_spans import LAG, MAX_DECODE_STEPS, Engine, Sampler, layer_index
+from vllm_trace.export.decodes import MAX_STEPS
+from vllm_trace.export.engine_spans import Engine, Sampler
+from vllm_trace.export.layers import layer_index
+from vllm_trace.export.open_steps import LAG
 from vllm_trace.export.span import Emit, Resource, Span, Traceparent
 from vllm_trace.trace import Trace, time_of
 from vllm_trace.tracefile import TraceFile, decoder_without
@@ -115,7 +118,7 @@ class SpanFold:
         emit: Emit | None = None,
         detail: bool = False,
         tokens: bool = False,
-        max_steps: int = MAX_DECODE_STEPS,
+        max_steps: int = MAX_STEPS,
         lag: int = LAG,
     ) -> None:
         self.made: list[Span] = []
@@ -142,7 +145,7 @@ class SpanFold:
 
     @property
     def num_late(self) -> int:
-        return sum(engine.late for engine in self.engines)
+        return sum(engine.steps.late for engine in self.engines)
 
     def open(self, header: dict[str, Any]) -> Process:
         """A process whose batches will come."""

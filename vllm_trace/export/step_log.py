@@ -26,11 +26,15 @@ class StepLog:
         return self.begin + len(self.events)
 
     def append(self, event: SpanEvent) -> int:
+        """Returns its place."""
+        place = self.begin + len(self.events)
         self.events.append(event)
-        return self.end - 1
+        return place
 
-    def at(self, place: int) -> SpanEvent | None:
-        return self.events[place - self.begin] if place >= self.begin else None
+    def at(self, place: int) -> SpanEvent:
+        """The event of a place that is not forgotten."""
+        assert place >= self.begin
+        return self.events[place - self.begin]
 
     def slice(self, begin: int, end: int) -> list[SpanEvent]:
         return self.events[begin - self.begin : end - self.begin]
@@ -84,9 +88,7 @@ class LogEvents(Sequence[SpanEvent]):
         piece = self.pieces[index]
         if not isinstance(piece, tuple):
             return piece
-        event = self.log.at(piece[0] if index == 0 else piece[1] - 1)
-        assert event is not None
-        return event
+        return self.log.at(piece[0] if index == 0 else piece[1] - 1)
 
     def joined(self, encode: Callable[[SpanEvent], bytes]) -> list[bytes | bytearray]:
         """All of them, as an encoder makes them."""

@@ -212,7 +212,7 @@ def _emit_attention(
     forward, forward_start, forward_dur = within
     timed: set[int] = set()
     for event in called:
-        for group, places in engine.groups_of(event.layers):
+        for group, places in engine.layers.of(event.layers):
             timed.add(group)
             starts, durs = event.started_ns, event.dur_ns
             if len(places) < len(event.layers):

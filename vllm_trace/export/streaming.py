@@ -22,7 +22,7 @@ from vllm_trace.export.batcher import Batcher
 from vllm_trace.export.endpoint import endpoint_of
 from vllm_trace.export.otlp import new_fold
 from vllm_trace.export.sending import Batch, Delivered, Sender
-from vllm_trace.growing import FollowedTrace
+from vllm_trace.growing import GrowingFile, GrowingTrace
 
 MAX_WAITING = 16
 """Batches in memory: 16 MiB and a little."""
@@ -139,7 +139,7 @@ def stream(
     folder: Path,
     url: str,
     options: ExportOptions,
-    over: Callable[[FollowedTrace], bool],
+    over: Callable[[GrowingTrace], bool],
     give_time: Callable[[], float] = patience,
 ) -> Streamed:
     """Follow a folder until ``over`` says that nothing more comes and all of it is read.
@@ -150,9 +150,9 @@ def stream(
     sender = Sender(endpoint)
     batcher = Batcher()
     fold = new_fold(options, emit=batcher.add, lag=LAG)
-    pump, followed = _Pump(sender), FollowedTrace(folder)
+    pump, followed = _Pump(sender), GrowingTrace(folder)
     made = Streamed(endpoint.url, delivered=pump.delivered)
-    processes: list[Any] = []
+    processes: dict[GrowingFile, Any] = {}
     news = time.monotonic()
 
     def pass_on() -> None:
@@ -166,10 +166,10 @@ def stream(
             hurried = True
             pump.hurry(give_time())
         any_news = False
-        for index, events in followed.poll():
-            while len(processes) <= index:
-                processes.append(fold.open(followed.files[len(processes)].header))
-            fold.feed(processes[index], events)
+        for file, events in followed.new_batches():
+            if file not in processes:
+                processes[file] = fold.open(file.header)
+            fold.feed(processes[file], events)
             any_news = True
             pass_on()
         if any_news:

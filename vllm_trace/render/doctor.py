@@ -12,7 +12,7 @@ from rich.text import Text
 from vllm_trace.doctor import Diagnosis
 from vllm_trace.hooks.resolve import Resolution
 
-COMPILED = {True: "compiled", False: "not compiled (slower, the same otherwise)"}
+COMPILED = {True: "compiled", False: "plain Python (slower, the same otherwise)"}
 
 
 def diagnosis(found: Diagnosis) -> RenderableType:

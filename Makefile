@@ -12,7 +12,7 @@ VLLM_CACHE_ROOT ?= $(VTRACE_CACHE)/vllm
 export VTRACE_CACHE
 
 # Set for what is to run the package as it is installed, compiled, and not the checkout.
-COMPILED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/.venv/compiled:$(CURDIR)
+COMPILED := PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/.venv/compiled:$(CURDIR)"
 
 .PHONY: help env compiled demo test browser lint bench pictures lane-0.11 clean
 
@@ -31,10 +31,20 @@ demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hell
 # duckdb and triton tell at exit what tests' tracebacks still held; it is nobody's business.
 LEAKS := ^nanobind: |^ - (leaked|\.\.\. skipped)|^See https://nanobind
 
-# pytest last: its closing line is the verdict. T= narrows it: make test T="tests/mini -k free"
+# What is compiled, as plain Python too: these, and what is marked as being for the checkout alone.
+PLAIN := tests/mini tests/replay tests/invariants tests/export tests/learn/test_passages.py tests/pictures
+TRACEBACKS := 2> >(grep -vE "$(LEAKS)" >&2)
+
+# All tests with the package as it is installed, compiled, and before them those that concern what is compiled with the checkout's
+# sources. pytest last: its closing line is the verdict. T= narrows it, with the checkout: make test T="tests/mini -k free"
 test: export VLLM_CACHE_ROOT := $(VLLM_CACHE_ROOT)
-test: lint browser  ## style and types, then all tests
-	@.venv/bin/pytest $(T) 2> >(grep -vE "$(LEAKS)" >&2)
+test: lint browser $(if $(T),,compiled)  ## style and types, then all tests
+ifdef T
+	@.venv/bin/pytest $(T) $(TRACEBACKS)
+else
+	@.venv/bin/pytest -q -m "not slow" $(PLAIN) $(TRACEBACKS)
+	@$(COMPILED) .venv/bin/pytest $(TRACEBACKS)
+endif
 
 browser:  # a Chromium for the tests of the report, where one can be had
 	@.ci/browser
@@ -45,9 +55,9 @@ lint: env  ## style: ruff's rules and layout, types, and that every package is i
 	@.venv/bin/mypy --no-error-summary
 	@$(PY) .ci/check_packages.py
 
-# PLAIN=1 measures the checkout instead.
-bench: $(if $(PLAIN),env,compiled)  ## what tracing costs: on/off pairs, other tracers beside it
-	@$(if $(PLAIN),,$(COMPILED)) $(PY) -m bench
+# With VTRACE_PLAIN=1 of the sources.
+bench: compiled  ## what tracing costs: on/off pairs, other tracers beside it
+	@$(COMPILED) $(PY) -m bench
 
 pictures: env browser  ## make the README's pictures anew
 	@$(PY) docs/pictures.py

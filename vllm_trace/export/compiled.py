@@ -23,7 +23,7 @@ def chunks(trace: Trace, tokens: bool = False) -> Iterator[Chunk]:
     """
     number = 0
     try:
-        for chunk in fast.chunks(trace.files[0], trace.names, tokens):
+        for chunk in fast.chunks(trace.files[0], tokens):
             number += sum(batch.num_rows for batch in chunk.values())
             yield chunk
         return

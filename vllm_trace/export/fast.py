@@ -21,8 +21,6 @@ from vllm_trace.errors import TraceError
 from vllm_trace.events import (
     AnyEvent,
     Event,
-    RequestArrived,
-    RequestSeen,
     StepScheduled,
     StepUpdated,
     tag_of,
@@ -30,7 +28,7 @@ from vllm_trace.events import (
 from vllm_trace.export import columns
 from vllm_trace.export import unpack as u
 from vllm_trace.export.columns import MARKS, Chunk, own_columns
-from vllm_trace.export.kept import Calls, count_kept
+from vllm_trace.export.kept import Calls, count_kept, spell_out, spell_out_outputs
 from vllm_trace.export.shapes import BY_TAG, SHAPED, Column, Shapes
 from vllm_trace.export.tables import SCHEMAS, to_json
 from vllm_trace.trace import time_of
@@ -59,12 +57,12 @@ class Unusual(Exception):
     """Bytes that a recorder does not write."""
 
 
-def chunks(file: TraceFile, names: dict[int, str], tokens: bool = False) -> Iterator[Chunk]:
-    """The whole file in chunks, in the order of its events; ``names`` gets those of its requests.
+def chunks(file: TraceFile, tokens: bool = False) -> Iterator[Chunk]:
+    """The whole file in chunks, in the order of its events.
 
     Raises: ``Unusual``.
     """
-    reading = _Reading(file, names, tokens)
+    reading = _Reading(file, tokens)
     waiting: list[_Frame] = []
     for raw in _pieces(file, reading.shapes.defaults):
         frame = reading.take(raw)
@@ -151,8 +149,8 @@ class _Frame:
 class _Reading:
     """What goes from piece to piece."""
 
-    def __init__(self, file: TraceFile, names: dict[int, str], tokens: bool) -> None:
-        self.file, self.names, self.with_tokens = file, names, tokens
+    def __init__(self, file: TraceFile, tokens: bool) -> None:
+        self.file, self.with_tokens = file, tokens
         self.shapes = Shapes(tokens)
         self.full = file.header.get("level") != "light"
         self.number = 1
@@ -250,9 +248,6 @@ class _Reading:
             sizes = np.diff(np.asarray(made["requests"].offsets))
             self.scheduled = np.concatenate([self.scheduled, which])
             self.of_steps = np.concatenate([self.of_steps, [frame.steps[which], sizes]], axis=1)
-        elif cls is RequestSeen or cls is RequestArrived:
-            pairs = zip(made["request"].to_pylist(), made["request_id"].to_pylist())
-            self.names.update(pairs)
         return made
 
     def _by_hand(self, cls: type[Event], which: np.ndarray, frame: _Frame) -> dict[str, pa.Array]:
@@ -352,7 +347,7 @@ class _Reading:
 
     def _spelled_out(self, column: Column) -> pa.Array:
         """None stands for the list of the step before."""
-        offsets, flat = u.spell_out(
+        offsets, flat = spell_out(
             self._slot(column.slot), self._slot(column.slot + 1), self.last[column.name]
         )
         self.last[column.name] = flat[offsets[-2] :].copy()
@@ -361,7 +356,7 @@ class _Reading:
     def _outputs(self, column: Column, which: np.ndarray, steps: np.ndarray) -> pa.Array:
         """None stands for one token each, where the step is known."""
         lengths = self._slot(column.slot)
-        flat = u.spell_out_outputs(
+        flat = spell_out_outputs(
             lengths, self._slot(column.slot + 1), which, steps,
             self.scheduled, self.of_steps[0], self.of_steps[1], STEPS_KEPT,
         )  # fmt: skip

@@ -1,4 +1,7 @@
-"""``num_kept`` where the file leaves it to the reader: what ``whole._count_kept`` does, for columns."""
+"""What the file leaves to the reader, for columns: ``num_kept``, lists that are as in the step before.
+
+The same as ``whole.Completion``.
+"""
 
 from __future__ import annotations
 
@@ -86,3 +89,61 @@ def count_kept(places, calls, kept, steps, offsets, requests, of_steps):
                     kept[call] = of_steps[step]
         first = last
     return first
+
+
+@njit(cache=True)
+def spell_out(lengths, items, last):
+    """Lists of which -1 in ``lengths`` says "as the one before", the first as ``last``: offsets, items."""
+    count, size = np.int64(0), np.int64(len(last))
+    for i in range(len(lengths)):
+        if lengths[i] >= 0:
+            size = lengths[i]
+        count += size
+    offsets = np.empty(len(lengths) + 1, np.int32)
+    made = np.empty(count, np.int64)
+    offsets[0] = 0
+    read, at, size = np.int64(0), np.int64(0), np.int64(len(last))
+    before, of_last = np.int64(0), True
+    for i in range(len(lengths)):
+        if lengths[i] >= 0:
+            size, before, of_last = lengths[i], read, False
+            read += size
+        for j in range(size):
+            made[at + j] = last[j] if of_last else items[before + j]
+        at += size
+        offsets[i + 1] = at
+    return offsets, made
+
+
+@njit(cache=True)
+def spell_out_outputs(lengths, items, events, steps, scheduled, of_steps, sizes, back):
+    """Outputs of which -1 in ``lengths`` says "one each", where the step is one of the ``back`` before.
+
+    ``events`` and ``steps`` are of the updates, ``scheduled`` (events), ``of_steps``, ``sizes`` of
+    what was scheduled. Puts the lengths in and returns the items.
+    """
+    latest, count = 0, np.int64(0)
+    told = np.empty(len(lengths), np.int64)
+    for i in range(len(lengths)):
+        while latest < len(scheduled) and scheduled[latest] < events[i]:
+            latest += 1
+        told[i] = lengths[i]
+        if lengths[i] < 0:
+            for place in range(latest - 1, max(latest - 1 - back, -1), -1):
+                if of_steps[place] == steps[i]:
+                    lengths[i] = sizes[place]
+                    break
+        if lengths[i] > 0:
+            count += lengths[i]
+    made = np.empty(count, np.int64)
+    read, at = np.int64(0), np.int64(0)
+    for i in range(len(lengths)):
+        if told[i] >= 0:
+            made[at : at + told[i]] = items[read : read + told[i]]
+            read += told[i]
+            at += told[i]
+        else:
+            for _ in range(lengths[i]):
+                made[at] = 1
+                at += 1
+    return made

@@ -34,7 +34,7 @@ from vllm_trace.trace import Trace
 ROWS = 65_536
 """Most rows of a row group."""
 
-BYTES = 8 * 1024 * 1024
+BYTES = 4 * 1024 * 1024
 """Bytes of columns after which a row group is written, however few rows it has."""
 
 OWN = ("request_id", "name", "traceparent", "settings")

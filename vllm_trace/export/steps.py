@@ -24,7 +24,7 @@ from vllm_trace.events import (
     StepScheduled,
     StepUpdated,
 )
-from vllm_trace.export.arrays import NONE, nullable, numbers, own_parts, own_parts_of_map, parts
+from vllm_trace.export.arrays import NONE, Waiting, nullable, numbers, parts, parts_of_map
 from vllm_trace.export.columns import Chunk
 
 LATER = 65_536
@@ -59,24 +59,30 @@ def count_tokens(
     drafts each of ``spec`` has, which are no prefill. Written for numba.
     """
     for step in range(len(total)):
+        begin, end = of_tokens[step], of_tokens[step + 1]
+        every, several = 0, 0
+        for count in tokens[begin:end]:
+            every += count
+            several += count * (count > 1)
+        total[step], prefill[step] = every, several
+        nobody_joins = of_new[step] == of_new[step + 1] and of_resumed[step] == of_resumed[step + 1]
+        if nobody_joins and of_spec[step] == of_spec[step + 1]:
+            continue
         first, last = of_requests[step], of_requests[step + 1]
-        begin = of_tokens[step]
-        for i in range(of_tokens[step + 1] - begin):
-            count = tokens[begin + i]
-            total[step] += count
-            several, joined = count, False
-            if first + i < last:
-                request = requests[first + i]
-                for at in range(of_spec[step], of_spec[step + 1]):
-                    if spec[at] == request:
-                        several -= num_spec[at]
-                if several <= 1:
-                    for at in range(of_new[step], of_new[step + 1]):
-                        joined |= new[at] == request
-                    for at in range(of_resumed[step], of_resumed[step + 1]):
-                        joined |= resumed[at] == request
-            if several > 1 or joined:
-                prefill[step] += count
+        for i in range(min(end - begin, last - first)):
+            count, request = tokens[begin + i], requests[first + i]
+            computed = count
+            for at in range(of_spec[step], of_spec[step + 1]):
+                if spec[at] == request:
+                    computed -= num_spec[at]
+            joined = False
+            if computed <= 1:
+                for at in range(of_new[step], of_new[step + 1]):
+                    joined |= new[at] == request
+                for at in range(of_resumed[step], of_resumed[step + 1]):
+                    joined |= resumed[at] == request
+            if (computed > 1 or joined) != (count > 1):
+                prefill[step] += count if count <= 1 else -count
 
 
 class Steps:
@@ -84,8 +90,9 @@ class Steps:
 
     def __init__(self, count: Any = count_tokens) -> None:
         self._count_tokens = count
-        self._rows = np.empty((len(NAMES), 0), np.int64)
-        """Columns of the steps that may still be told of; ``variant`` is a place in ``_variants``."""
+        self._waiting = Waiting(len(NAMES))
+        """Steps that may still be told of; ``variant`` is a place in ``_variants``."""
+        self._rows = self._waiting.rows
         self._before: dict[tuple[str, int], int] = {}
         """What happened in each process since its last step."""
         self._variants: list[frozenset[str]] = []
@@ -96,29 +103,27 @@ class Steps:
         planned = chunk.get(StepScheduled)
         made = None if planned is None else self._rows_of(planned)
         self._count_inside(chunk, made)
-        if made is not None:
-            self._rows = np.concatenate([self._rows, made], axis=1)
-        if self._rows.size:
+        self._rows = self._waiting.rows
+        if len(self._waiting):
             self._tell(chunk)
         last = max(int(numbers(batch, "number")[-1]) for batch in chunk.values())
         done = int(np.searchsorted(self._rows[0], last - LATER))
         if done:
-            yield self._batch(self._rows[:, :done])
-            self._rows = self._rows[:, done:].copy()
+            yield self._batch(self._waiting.take(done))
 
     def end(self) -> Iterator[pa.RecordBatch]:
         """The rest."""
-        yield self._batch(self._rows)
+        yield self._batch(self._waiting.take(len(self._waiting)))
 
     def _rows_of(self, planned: pa.RecordBatch) -> np.ndarray:
         """What a ``step.scheduled`` itself says."""
-        rows = np.full((len(NAMES), planned.num_rows), NONE)
+        rows = self._waiting.add(planned.num_rows)
         for name in ("number", "process", "step", "at_ns", "num_running", "num_waiting",
                      "num_free_blocks"):  # fmt: skip
             rows[PLACE[name]] = numbers(planned, name)
         rows[PLACE["schedule_ns"]] = numbers(planned, "dur_ns")
         lists = {
-            name: own_parts(planned[name]) for name in ("requests", "num_tokens", "new", "resumed")
+            name: parts(planned[name]) for name in ("requests", "num_tokens", "new", "resumed")
         }
         for name, source in (
             ("num_requests", "requests"),
@@ -131,7 +136,7 @@ class Steps:
         total, prefill = np.zeros((2, planned.num_rows), np.int64)
         self._count_tokens(
             *(each for pair in lists.values() for each in pair),
-            *own_parts_of_map(planned["num_spec_tokens"]), total, prefill,
+            *parts_of_map(planned["num_spec_tokens"]), total, prefill,
         )  # fmt: skip
         rows[PLACE["num_tokens"]] = total
         rows[PLACE["num_prefill_tokens"]] = prefill
@@ -214,7 +219,7 @@ class Steps:
         return place
 
     def _batch(self, rows: np.ndarray) -> pa.RecordBatch:
-        columns = [nullable(column.copy()) for column in rows]
+        columns = [nullable(column) for column in rows]
         texts = [", ".join(sorted(texts)) for texts in self._variants]
         columns[-1] = pa.array(texts, pa.string()).take(columns[-1])
         return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

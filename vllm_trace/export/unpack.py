@@ -102,6 +102,11 @@ def number(raw, at, end, unsigned):
                 | np.int64(raw[at + 3]) << 8 | np.int64(raw[at + 4])
             )  # fmt: skip
             return True, value, at + 5
+        if head == 0xCF and end - at > 8:
+            value = np.int64(0)
+            for i in range(1, 9):
+                value = value << 8 | np.int64(raw[at + i])
+            return unsigned or value >= 0, value, at + 9
     sort, value, at = token(raw, at, end)
     good = (sort == NUMBER and (unsigned or value >= 0)) or (sort == NEGATIVE and not unsigned)
     return good, value, at
@@ -134,6 +139,175 @@ def skip(raw, at, end):
             return at
 
 
+@njit(cache=True, forceinline=True)
+def take_numbers(raw, at, end, length, unsigned, slot, cells, begins, rooms, used):
+    """Numbers of a list into a slot: whether they are ones, whether there was room, the first, byte after them."""
+    place, first = used[slot], np.int64(0)
+    used[slot] += length
+    fits = used[slot] <= rooms[slot]
+    into = begins[slot] + place
+    for i in range(length):
+        good, value, at = number(raw, at, end, unsigned)
+        if not good:
+            return False, fits, first, at
+        if fits:
+            cells[into + i] = value
+        if i == 0:
+            first = value
+    return True, fits, first, at
+
+
+@njit(cache=True, forceinline=True)
+def take_lists(raw, at, end, length, unsigned, slot, cells, begins, rooms, used):
+    """Lists of numbers: their lengths into a slot, the numbers into the next: as ``take_numbers``."""
+    place = used[slot]
+    used[slot] += length
+    room, fits = used[slot] <= rooms[slot], True
+    for i in range(length):
+        sort, inner, at = token(raw, at, end)
+        if sort != LIST or inner > end - at:
+            return False, False, at
+        if room:
+            cells[begins[slot] + place + i] = inner
+        good, fit, _, at = take_numbers(
+            raw, at, end, inner, unsigned, slot + 1, cells, begins, rooms, used
+        )
+        if not good:
+            return False, False, at
+        fits &= fit
+    return True, room and fits, at
+
+
+@njit(cache=True, forceinline=True)
+def take_map(raw, at, end, length, named, slot, cells, begins, rooms, used):
+    """A map to numbers: keys (``named``: places and sizes of texts) and values into slots that all grow alike."""
+    last = slot + (2 if named else 1)
+    place = used[last]
+    for part in range(slot, last + 1):
+        used[part] = place + length
+    fits = used[last] <= rooms[last]
+    for i in range(length):
+        if named:
+            sort, key, at = token(raw, at, end)
+            if sort != TEXT:
+                return False, fits, at
+            if fits:
+                cells[begins[slot] + place + i] = at
+                cells[begins[slot + 1] + place + i] = key
+            at += key
+        else:
+            good, key, at = number(raw, at, end, False)
+            if not good:
+                return False, fits, at
+            if fits:
+                cells[begins[slot] + place + i] = key
+        good, value, at = number(raw, at, end, False)
+        if not good:
+            return False, fits, at
+        if fits:
+            cells[begins[last] + place + i] = value
+    return True, fits, at
+
+
+@njit(cache=True, forceinline=True)
+def take_other(raw, at, end, what, slot, empty, may_lack, row, cells, begins):
+    """A text, truth, fraction or JSON: whether it is one, whether a ``RARE`` field has more, byte after it."""
+    before = at
+    if what == OF_TEXT:
+        sort, value, at = token(raw, at, end)
+        if sort == NIL and may_lack:
+            cells[begins[slot] + row] = 0
+            cells[begins[slot + 1] + row] = -1
+        elif sort == TEXT:
+            cells[begins[slot] + row] = at
+            cells[begins[slot + 1] + row] = value
+            at += value
+        else:
+            return False, False, at
+        return True, False, at
+    if what in (OF_BOOL, OF_FLOAT):
+        sort, value, at = token(raw, at, end)
+        cells[begins[slot] + row] = value
+        return sort == (BOOL if what == OF_BOOL else FLOAT), False, at
+    at = skip(raw, at, end)
+    if at < 0:
+        return False, False, before
+    if what == OF_JSON:
+        if not (0x80 <= raw[before] < 0x90 or 0xDE <= raw[before] <= 0xDF):
+            return False, False, before
+        cells[begins[slot] + row] = before
+        cells[begins[slot + 1] + row] = at
+    more = what == RARE and not (at - before == 1 and raw[before] == empty)
+    return True, more, at
+
+
+@njit(cache=True, forceinline=True)
+def take_many(raw, at, end, what, slot, may_lack, row, cells, begins, rooms, used):
+    """A list or map: whether it is one, whether there was room, whether it has a first number, that, byte after."""
+    sort, length, at = token(raw, at, end)
+    if sort == NIL and may_lack:
+        cells[begins[slot] + row] = -1
+        return True, True, False, np.int64(0), at
+    if sort != (LIST if what <= OF_LISTS_OF_HASHES else MAP) or length > end - at:
+        return False, False, False, np.int64(0), at
+    cells[begins[slot] + row] = length
+    first = np.int64(0)
+    if what <= OF_HASHES:
+        good, fits, first, at = take_numbers(
+            raw, at, end, length, what == OF_HASHES, slot + 1, cells, begins, rooms, used
+        )
+    elif what <= OF_LISTS_OF_HASHES:
+        good, fits, at = take_lists(
+            raw, at, end, length, what == OF_LISTS_OF_HASHES, slot + 1, cells, begins, rooms, used
+        )
+    else:
+        good, fits, at = take_map(
+            raw, at, end, length, what == OF_TEXT_MAP, slot + 1, cells, begins, rooms, used
+        )
+    return good, fits, length > 0 and what <= OF_HASHES, first, at
+
+
+@njit(cache=True, forceinline=True)
+def put_absent(what, slot, value, row, cells, begins):
+    """What stands for a field that is not in the file."""
+    if slot < 0:
+        return
+    if what == OF_TEXT:
+        cells[begins[slot] + row] = value >> 32
+        cells[begins[slot + 1] + row] = np.int64(np.int32(value))
+    else:
+        cells[begins[slot] + row] = value
+
+
+@njit(cache=True, forceinline=True)
+def batch_at(raw, at):
+    """The head of a batch (``size u32``, list): whether there is one, its end, how many events, byte of the first."""
+    total = len(raw)
+    if total - at < 4:
+        return False, at, np.int64(0), at
+    size = np.int64(0)
+    for i in range(4):
+        size |= np.int64(raw[at + i]) << (8 * i)
+    at += 4
+    end = at + size
+    if end > total:
+        return False, end, np.int64(0), at
+    sort, num_events, at = token(raw, at, end)
+    return sort == LIST, end, num_events, at
+
+
+@njit(cache=True, forceinline=True)
+def event_at(raw, at, end, kinds):
+    """The head of an event: whether it is one, how many fields it has here, its tag, byte of the first field."""
+    sort, length, at = token(raw, at, end)
+    if sort != LIST or length == 0:
+        return False, length, np.int64(0), at
+    sort, tag, at = token(raw, at, end)
+    if sort != NUMBER or tag < 0 or tag >= len(kinds) or kinds[tag, 0] < 0:
+        return False, length, np.int64(0), at
+    return length - 1 >= kinds[tag, 2], length - 1, tag, at
+
+
 @njit(cache=True)
 def unpack(
     raw, at, kinds, fields, cells, begins, rooms, used, counts, rare,
@@ -151,58 +325,32 @@ def unpack(
     Returns how it ended and how many events, or the byte where it is not what a recorder writes.
     When there was no room, ``used`` and ``counts`` say how much is needed.
     """
-    total, event, short = len(raw), 0, False
-    used[:] = 0
-    counts[:] = 0
-    rare[:] = 0
-    while at < total:
-        if total - at < 4:
-            return UNUSUAL, at
-        size = np.int64(0)
-        for i in range(4):
-            size |= np.int64(raw[at + i]) << (8 * i)
-        at += 4
-        end = at + size
-        if end > total:
-            return UNUSUAL, at
-        sort, num_events, at = token(raw, at, end)
-        if sort != LIST:
+    event, short = 0, False
+    used[:], counts[:], rare[:] = 0, 0, 0
+    while at < len(raw):
+        good, end, num_events, at = batch_at(raw, at)
+        if not good:
             return UNUSUAL, at
         for _ in range(num_events):
-            begun = at
-            sort, length, at = token(raw, at, end)
-            if sort != LIST or length == 0:
-                return UNUSUAL, begun
-            sort, tag, at = token(raw, at, end)
-            if sort != NUMBER or tag < 0 or tag >= len(kinds) or kinds[tag, 0] < 0:
-                return UNUSUAL, begun
-            first, num_fields = kinds[tag, 0], kinds[tag, 1]
-            if length - 1 < kinds[tag, 2]:
-                return UNUSUAL, begun
+            heads[event] = at
+            good, there, tag, at = event_at(raw, at, end, kinds)
+            if not good:
+                return UNUSUAL, at
+            first, num_fields, own = kinds[tag, 0], kinds[tag, 1], kinds[tag, 3]
             row = counts[tag]
             counts[tag] += 1
-            if row >= rooms[kinds[tag, 3]]:
+            if row >= rooms[own]:
                 short, row = True, 0  # anywhere: it is all read again
-            cells[begins[kinds[tag, 3]] + row] = event
-            tags[event] = tag
-            heads[event] = begun
-            has_step[event] = False
-            has_time[event] = False
-            for field in range(first, first + num_fields):
-                what, slot, says = fields[field, 0], fields[field, 1], fields[field, 4]
-                if field - first >= length - 1:
-                    if slot >= 0:
-                        value = fields[field, 2]
-                        if what == OF_TEXT:
-                            cells[begins[slot] + row] = value >> 32
-                            cells[begins[slot + 1] + row] = np.int64(np.int32(value))
-                        else:
-                            cells[begins[slot] + row] = value
-                    continue
-                if what in (OF_INT, PLACE):
+            cells[begins[own] + row] = event
+            tags[event], has_step[event], has_time[event] = tag, False, False
+            for place in range(num_fields):
+                field = first + place
+                what, slot, absent = fields[field, 0], fields[field, 1], fields[field, 2]
+                may_lack, says = fields[field, 3], fields[field, 4]
+                if place >= there:
+                    put_absent(what, slot, absent, row, cells, begins)
+                elif what in (OF_INT, PLACE):
                     good, value, at = number(raw, at, end, False)
-                    if not good:
-                        return UNUSUAL, at
                     if what == OF_INT:
                         cells[begins[slot] + row] = value
                     if says == AS_STEP:
@@ -210,113 +358,24 @@ def unpack(
                     elif says == AS_TIME:
                         times[event], has_time[event] = value, True
                 elif what >= OF_INTS:
-                    sort, length_of, at = token(raw, at, end)
-                    if sort == NIL and fields[field, 3]:
-                        cells[begins[slot] + row] = -1
-                        continue
-                    if (
-                        sort != (LIST if what <= OF_LISTS_OF_HASHES else MAP)
-                        or length_of > end - at
-                    ):
-                        return UNUSUAL, at
-                    cells[begins[slot] + row] = length_of
-                    if what <= OF_HASHES:
-                        place = used[slot + 1]
-                        used[slot + 1] += length_of
-                        fits = used[slot + 1] <= rooms[slot + 1]
-                        short |= not fits
-                        into = begins[slot + 1] + place
-                        for i in range(length_of):
-                            good, value, at = number(raw, at, end, what == OF_HASHES)
-                            if not good:
-                                return UNUSUAL, at
-                            if fits:
-                                cells[into + i] = value
-                            if i == 0 and says == AS_TIME:
-                                times[event], has_time[event] = value, True
-                    elif what <= OF_LISTS_OF_HASHES:
-                        place = used[slot + 1]
-                        used[slot + 1] += length_of
-                        fits = used[slot + 1] <= rooms[slot + 1]
-                        short |= not fits
-                        for i in range(length_of):
-                            sort, inner, at = token(raw, at, end)
-                            if sort != LIST or inner > end - at:
-                                return UNUSUAL, at
-                            if fits:
-                                cells[begins[slot + 1] + place + i] = inner
-                            into = begins[slot + 2] + used[slot + 2]
-                            used[slot + 2] += inner
-                            fit = used[slot + 2] <= rooms[slot + 2]
-                            short |= not fit
-                            for j in range(inner):
-                                good, value, at = number(raw, at, end, what == OF_LISTS_OF_HASHES)
-                                if not good:
-                                    return UNUSUAL, at
-                                if fit:
-                                    cells[into + j] = value
-                    else:
-                        last = slot + (2 if what == OF_INT_MAP else 3)
-                        place = used[last]
-                        for part in range(slot + 1, last + 1):  # all grow alike
-                            used[part] = place + length_of
-                        fits = used[last] <= rooms[last]
-                        short |= not fits
-                        for i in range(length_of):
-                            if what == OF_INT_MAP:
-                                good, key, at = number(raw, at, end, False)
-                                if not good:
-                                    return UNUSUAL, at
-                                if fits:
-                                    cells[begins[slot + 1] + place + i] = key
-                            else:
-                                sort, key, at = token(raw, at, end)
-                                if sort != TEXT:
-                                    return UNUSUAL, at
-                                if fits:
-                                    cells[begins[slot + 1] + place + i] = at
-                                    cells[begins[slot + 2] + place + i] = key
-                                at += key
-                            good, value, at = number(raw, at, end, False)
-                            if not good:
-                                return UNUSUAL, at
-                            if fits:
-                                cells[begins[last] + place + i] = value
-                elif what == OF_TEXT:
-                    sort, value, at = token(raw, at, end)
-                    if sort == TEXT:
-                        cells[begins[slot] + row] = at
-                        cells[begins[slot + 1] + row] = value
-                        at += value
-                    elif sort == NIL and fields[field, 3]:
-                        cells[begins[slot] + row] = 0
-                        cells[begins[slot + 1] + row] = -1
-                    else:
-                        return UNUSUAL, at
-                elif what in (OF_BOOL, OF_FLOAT):
-                    sort, value, at = token(raw, at, end)
-                    if sort != (BOOL if what == OF_BOOL else FLOAT):
-                        return UNUSUAL, at
-                    cells[begins[slot] + row] = value
+                    good, fits, some, value, at = take_many(
+                        raw, at, end, what, slot, may_lack, row, cells, begins, rooms, used
+                    )
+                    short |= not fits
+                    if some and says == AS_TIME:
+                        times[event], has_time[event] = value, True
                 else:
-                    before = at
-                    at = skip(raw, at, end)
-                    if at < 0:
-                        return UNUSUAL, before
-                    if what == OF_JSON:
-                        if not (0x80 <= raw[before] < 0x90 or 0xDE <= raw[before] <= 0xDF):
-                            return UNUSUAL, before
-                        cells[begins[slot] + row] = before
-                        cells[begins[slot + 1] + row] = at
-                    elif what == RARE and not (
-                        at - before == 1 and raw[before] == fields[field, 2]
-                    ):
+                    good, more, at = take_other(
+                        raw, at, end, what, slot, absent, may_lack, row, cells, begins
+                    )
+                    if more:
                         rare[tag] = 1
-            for _ in range(num_fields, length - 1):
-                before = at
+                if not good:
+                    return UNUSUAL, at
+            for _ in range(num_fields, there):
                 at = skip(raw, at, end)
                 if at < 0:
-                    return UNUSUAL, before
+                    return UNUSUAL, heads[event]
             ends[event] = at
             event += 1
         if at != end:
@@ -391,61 +450,3 @@ def same_bytes(raw, begins, ends, others):
             if raw[begin + at] != raw[other + at]:
                 return False
     return True
-
-
-@njit(cache=True)
-def spell_out(lengths, items, last):
-    """Lists of which -1 in ``lengths`` says "as the one before", the first as ``last``: offsets, items."""
-    count, size = np.int64(0), np.int64(len(last))
-    for i in range(len(lengths)):
-        if lengths[i] >= 0:
-            size = lengths[i]
-        count += size
-    offsets = np.empty(len(lengths) + 1, np.int32)
-    made = np.empty(count, np.int64)
-    offsets[0] = 0
-    read, at, size = np.int64(0), np.int64(0), np.int64(len(last))
-    before, of_last = np.int64(0), True
-    for i in range(len(lengths)):
-        if lengths[i] >= 0:
-            size, before, of_last = lengths[i], read, False
-            read += size
-        for j in range(size):
-            made[at + j] = last[j] if of_last else items[before + j]
-        at += size
-        offsets[i + 1] = at
-    return offsets, made
-
-
-@njit(cache=True)
-def spell_out_outputs(lengths, items, events, steps, scheduled, of_steps, sizes, back):
-    """Outputs of which -1 in ``lengths`` says "one each", where the step is one of the ``back`` before.
-
-    ``events`` and ``steps`` are of the updates, ``scheduled`` (events), ``of_steps``, ``sizes`` of
-    what was scheduled. Puts the lengths in and returns the items.
-    """
-    latest, count = 0, np.int64(0)
-    told = np.empty(len(lengths), np.int64)
-    for i in range(len(lengths)):
-        while latest < len(scheduled) and scheduled[latest] < events[i]:
-            latest += 1
-        told[i] = lengths[i]
-        if lengths[i] < 0:
-            for place in range(latest - 1, max(latest - 1 - back, -1), -1):
-                if of_steps[place] == steps[i]:
-                    lengths[i] = sizes[place]
-                    break
-        if lengths[i] > 0:
-            count += lengths[i]
-    made = np.empty(count, np.int64)
-    read, at = np.int64(0), np.int64(0)
-    for i in range(len(lengths)):
-        if told[i] >= 0:
-            made[at : at + told[i]] = items[read : read + told[i]]
-            read += told[i]
-            at += told[i]
-        else:
-            for _ in range(lengths[i]):
-                made[at] = 1
-                at += 1
-    return made

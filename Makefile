@@ -32,7 +32,8 @@ demo: env  ## run a scenario on a real vLLM engine and look at it (SCENARIO=hell
 LEAKS := ^nanobind: |^ - (leaked|\.\.\. skipped)|^See https://nanobind
 
 # What is compiled, as plain Python too: these, and what is marked as being for the checkout alone.
-PLAIN := tests/mini tests/replay tests/invariants tests/export tests/learn/test_passages.py tests/pictures
+PLAIN := tests/mini tests/replay tests/invariants $(wildcard tests/export/test_*span*.py tests/export/test_wire.py) \
+	tests/export/test_open_steps.py tests/learn/test_passages.py tests/pictures
 TRACEBACKS := 2> >(grep -vE "$(LEAKS)" >&2)
 
 # All tests with the package as it is installed, compiled, and before them those that concern what is compiled with the checkout's

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_trace.checkpoints import FILES, NAMES, VOCAB_SIZE, checkpoint
+from vllm_trace.runner import let_vllm_look_at_llvmlite
 
 ENGINES = []  # kept: the end of an old engine would take the process groups of a new one with it
 
@@ -183,6 +184,7 @@ def _vllm(name):
     vllm = pytest.importorskip(
         "vllm", reason="vllm is not installed: what the checkpoints generate on it cannot be tested"
     )
+    let_vllm_look_at_llvmlite()  # other tests load numba
     llm = vllm.LLM(
         str(checkpoint(name)),
         dtype="float32",

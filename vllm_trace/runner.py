@@ -99,7 +99,7 @@ def start_engine(
         from vllm_trace.backend import register_backend
 
         register_backend(attention)  # also where nothing is recorded
-    _let_vllm_look_at_llvmlite()
+    let_vllm_look_at_llvmlite()
     asked = dict(engine_args or {})
     known = set(EngineArgs.__dataclass_fields__)
     for name in asked:
@@ -127,7 +127,7 @@ def start_engine(
     return llm, notes
 
 
-def _let_vllm_look_at_llvmlite() -> None:
+def let_vllm_look_at_llvmlite() -> None:
     """vLLM 0.32 looks at the ``__dict__`` of every global of every module, and fails when numba was loaded before.
 
     llvmlite's handle of its library answers any name, this one too, with a function of the library.

@@ -14,6 +14,7 @@ from vllm_trace.checkpoints import NAMES, checkpoint  # noqa: E402
 from vllm_trace.mini.engine import LLMEngine  # noqa: E402
 from vllm_trace.mini.model import load_model  # noqa: E402
 from vllm_trace.mini.scheduler import SchedulerConfig  # noqa: E402
+from vllm_trace.runner import let_vllm_look_at_llvmlite  # noqa: E402
 
 ENGINES = []  # kept: the end of an old engine would take the process groups of a new one with it
 
@@ -348,6 +349,7 @@ def on_vllm(name, monkeypatch, rounds, max_tokens=40, blocks=64, max_model_len=5
     vllm = pytest.importorskip(
         "vllm", reason="vllm is not installed: mini's tokens cannot be compared with the real ones"
     )
+    let_vllm_look_at_llvmlite()  # other tests load numba
     llm = vllm.LLM(
         str(checkpoint(name)),
         dtype="float32",

@@ -2,7 +2,9 @@
 
 import ast
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -62,3 +64,19 @@ def test_the_lane_is_what_its_pins_say():
         except metadata.PackageNotFoundError:
             found[name] = "missing"
     assert pins == found
+
+
+def test_what_is_for_the_checkout_alone_runs_there():
+    """``make test`` runs some files with the checkout: those with such tests are among them, all of each."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "T")}
+    said = subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "test"],
+        cwd=ROOT, env=environ, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    (plain,) = [line for line in said.splitlines() if '-m "not slow"' in line]
+    marked = [p for p in (ROOT / "tests").rglob("test_*.py") if "mark.plain\n" in p.read_text()]
+    assert marked
+    for path in marked:
+        place = path.relative_to(ROOT)
+        assert any(str(one) in plain.split() for one in (place, *place.parents)), place
+        assert "mark.slow" not in path.read_text(), f"{place}: the plain part leaves slow ones out"

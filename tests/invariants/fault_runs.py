@@ -4,7 +4,7 @@ import contextlib
 import io
 from dataclasses import dataclass
 
-from invariants.faults import Fault, Surgeon
+from invariants.surgery import Fault, Surgeon
 
 
 def arguments_of(one):

@@ -122,7 +122,9 @@ class EngineReplay(Replay):
             # Without token ids mini cannot tell a stop at the last token from reaching the limit.
             self.require(event, ("finished requests",), ([*stops],), ([*finished],))
             for end in self.ended:
-                self.compare_counts(end, self.requests[end.request])
+                known = self.requests.get(end.request)
+                if known is not None:  # who never arrived is told below
+                    self.compare_counts(end, known)
             self.ended.clear()
             for request in finished:
                 self.forget(request)

@@ -34,7 +34,7 @@ from vllm_trace.packing import (
     U32,
     pack_allocated,
     pack_cached,
-    pack_taken,
+    pack_taken_allocated,
 )
 from vllm_trace.recorder import Recorder
 
@@ -93,7 +93,6 @@ def prefix_looked_up(
 )
 def allocate_slots(
     append,
-    numbers,
     recorder,
     keep,
     result,
@@ -107,55 +106,84 @@ def allocate_slots(
     reserved_blocks,
     has_scheduled_reqs,
 ):
+    # Called once for each running request: what is rare is a call away.
     if result is self.empty_kv_cache_blocks and new_computed_blocks is None:
         if recorder.tight:
             keep(request)
     elif result is None:
-        free = self.block_pool.free_block_queue.num_free_blocks
-        number = numbers[request.request_id]
-        kept = len(recorder.kept) if recorder.tight else -1
-        wanted = blocks_wanted(
-            self,
-            request,
-            num_new_tokens,
-            num_new_computed_tokens,
-            new_computed_blocks,
-            num_lookahead_tokens,
-            full_sequence_must_fit,
-        )
-        if wanted:
-            wanted += reserved_blocks
-            if has_scheduled_reqs and request.status.name in ("WAITING", "PREEMPTED"):
-                wanted += self.watermark_blocks
-        append(SlotsRefused(number, num_new_tokens, num_new_computed_tokens, free, kept, wanted))
-    elif not num_new_computed_tokens and len(result.blocks) == 1 == len(result.blocks[0]):
-        # A request that decodes got its next block.
         append(
-            pack_allocated(
-                ALLOCATED,
-                numbers[request.request_id],
-                U32,
+            slots_refused(
+                recorder,
+                self,
+                request,
                 num_new_tokens,
-                NO_HIT,
-                result.blocks[0][0].block_id,
-                NO_HIT_BLOCKS,
-                self.block_pool.free_block_queue.num_free_blocks,
-                I16,
-                len(recorder.kept) if recorder.tight else -1,
+                num_new_computed_tokens,
+                new_computed_blocks,
+                num_lookahead_tokens,
+                full_sequence_must_fit,
+                reserved_blocks,
+                has_scheduled_reqs,
             )
         )
     else:
         append(
-            SlotsAllocated(
-                numbers[request.request_id],
+            slots_allocated(
+                recorder,
+                self,
+                request,
+                result.blocks,
                 num_new_tokens,
                 num_new_computed_tokens,
-                ids_of(result.blocks),
-                ids_of(new_computed_blocks.blocks) if num_new_computed_tokens else (),
-                self.block_pool.free_block_queue.num_free_blocks,
-                len(recorder.kept) if recorder.tight else -1,
+                new_computed_blocks,
             )
         )
+
+
+def slots_allocated(
+    rec: Recorder, manager: Any, request: Any, new: Any, num_new: int, num_hit: int, hits: Any
+) -> SlotsAllocated | bytes:
+    number = rec.numbers[request.request_id]
+    free = manager.block_pool.free_block_queue.num_free_blocks
+    kept = len(rec.kept) if rec.tight else -1
+    if num_hit or len(new) != 1 or len(new[0]) != 1:
+        hit_blocks = ids_of(hits.blocks) if num_hit else []
+        return SlotsAllocated(number, num_new, num_hit, ids_of(new), hit_blocks, free, kept)
+    # A request that decodes got its next block.
+    block = new[0][0]
+    block_id, pending = block.block_id, rec.pending
+    if (
+        pending and pending[-1] is block
+    ):  # as ``get_new_blocks`` left it: the two events in one piece
+        pending[-1] = b""
+        return pack_taken_allocated(
+            TAKEN, block_id, ALLOCATED, number, U32, num_new, NO_HIT, block_id,
+            NO_HIT_BLOCKS, free, I16, kept,
+        )  # fmt: skip
+    return pack_allocated(
+        ALLOCATED, number, U32, num_new, NO_HIT, block_id, NO_HIT_BLOCKS, free, I16, kept
+    )
+
+
+def slots_refused(
+    rec: Recorder,
+    manager: Any,
+    request: Any,
+    num_new: int,
+    num_hit: int,
+    hits: Any,
+    num_ahead: int,
+    whole: bool,
+    reserved: int,
+    others_scheduled: bool,
+) -> SlotsRefused:
+    free = manager.block_pool.free_block_queue.num_free_blocks
+    kept = len(rec.kept) if rec.tight else -1
+    wanted = blocks_wanted(manager, request, num_new, num_hit, hits, num_ahead, whole)
+    if wanted:
+        wanted += reserved
+        if others_scheduled and request.status.name in ("WAITING", "PREEMPTED"):
+            wanted += manager.watermark_blocks
+    return SlotsRefused(rec.numbers[request.request_id], num_new, num_hit, free, kept, wanted)
 
 
 def blocks_wanted(
@@ -245,7 +273,9 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 @probe()
 def get_new_blocks(append, num_blocks, result):
     if num_blocks == 1:
-        append(pack_taken(TAKEN, result[0].block_id))
+        append(
+            result[0]
+        )  # ``slots_allocated`` says to whom it went, or else ``one_block_taken`` that it went
     else:
         append(BlocksTaken([*map(id_of, result)]))
 

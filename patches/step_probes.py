@@ -30,8 +30,8 @@ from vllm_trace.recorder import Recorder
 
 
 @probe()
-def schedule(append, recorder, next_step, result, started, ended, self):
-    result.vtrace_step = step = next_step()
+def schedule(append, recorder, step_numbers, result, started, ended, self):
+    result.vtrace_step = step = next(step_numbers)
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     pending = recorder.pending
@@ -100,8 +100,8 @@ def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
 
 
 @probe()
-def schedule_light(append, recorder, next_step, result, started, ended, self):
-    result.vtrace_step = step = next_step()
+def schedule_light(append, recorder, step_numbers, result, started, ended, self):
+    result.vtrace_step = step = next(step_numbers)
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     if recorder.planned is not None:
@@ -171,9 +171,9 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
         # Nobody gets two without speculation, so it is one each when nobody got none.
         len(scheduler_output.num_scheduled_tokens) == len(sampled)
         and type(sampled) is list
-        and [] not in sampled
         and not scheduler_output.scheduled_spec_decode_tokens
         and not recorder.with_tokens
+        and all(sampled)
     )
     pending = recorder.pending
     if (

@@ -33,6 +33,7 @@ SCHEDULER_HOOKS = (
         f"{_SCHEDULER}.schedule",
         t.schedule,
         light=t.schedule_light,
+        each_step=True,
         emits="step.scheduled",
         required=True,
         without="there are no steps",
@@ -41,6 +42,7 @@ SCHEDULER_HOOKS = (
         f"{_SCHEDULER}.update_from_output",
         t.update_from_output,
         light=t.update_from_output_light,
+        each_step=True,
         emits="step.updated",
         required=True,
         without="nothing is written until the engine stops, and token outcomes are unknown",
@@ -79,6 +81,7 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_MANAGER}.allocate_slots",
         b.allocate_slots,
+        each_step=True,
         emits="slots.allocated slots.refused",
         required=True,
         without="replay cannot place blocks",
@@ -93,12 +96,14 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_MANAGER}.take_events",
         b.take_events,
+        each_step=True,
         emits="kv_events.taken",
         without="our events cannot be checked against vLLM's own KV events",
     ),
     Hook(
         f"{_POOL}.get_new_blocks",
         b.get_new_blocks,
+        each_step=True,
         emits="blocks.taken",
         required=True,
         without="the order of the free queue is unknown",
@@ -106,6 +111,7 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_POOL}._remove_cached_block_hashes",
         b.remove_cached_block_hashes,
+        each_step=True,
         emits="block.evicted",
         without="nobody knows why a prefix was missed",
     ),
@@ -119,6 +125,7 @@ SCHEDULER_HOOKS = (
     Hook(
         f"{_POOL}.cache_full_blocks",
         b.cache_full_blocks,
+        each_step=True,
         emits="blocks.cached",
         required=True,
         without="what can be hit is unknown",

@@ -55,6 +55,16 @@ def test_a_block_allocated(request, tokens, block, free, kept):
     assert SlotsAllocated(request, tokens, 0, [[block]], [], free, kept) == decode(packed)
 
 
+@given(u32, u32, u32, u32, kept)
+def test_a_block_taken_and_allocated_in_one_piece(request, tokens, block, free, kept):
+    allocated = (
+        p.ALLOCATED, request, p.U32, tokens, p.NO_HIT, block, p.NO_HIT_BLOCKS, free, p.I16, kept
+    )  # fmt: skip
+    assert p.pack_taken(p.TAKEN, block) + p.pack_allocated(*allocated) == p.pack_taken_allocated(
+        p.TAKEN, block, *allocated
+    )
+
+
 @given(u32, u64, u64, u32, u32, u32, kept)
 def test_a_steady_step(step, started, dur, running, waiting, free, kept):
     packed = p.pack_scheduled(

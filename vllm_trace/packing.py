@@ -11,6 +11,7 @@ Raises: ``struct.error`` from any of these for a number that does not fit (32 bi
 from __future__ import annotations
 
 from struct import Struct
+from typing import Any
 
 import msgspec
 
@@ -54,6 +55,9 @@ NO_HIT = bytes([0, _ONE, _ONE, U32])
 NO_HIT_BLOCKS = bytes([_LIST, U32])
 pack_allocated = Struct(">3sIBI4sI2sIBh").pack
 
+#: The two of a block that was taken for a request: what ``pack_taken`` and ``pack_allocated`` take, in turn
+pack_taken_allocated = Struct(">4sI3sIBI4sI2sIBh").pack
+
 #: ``step.scheduled`` without composition: SCHEDULED, step, U64, started, U64, dur, U32, running, U32, waiting,
 #: U32, free, I16, kept
 SCHEDULED = _head(StepScheduled, 7, U32)
@@ -75,6 +79,10 @@ def list_head(length: int) -> bytes:
 _encode = msgspec.msgpack.Encoder().encode
 
 
-def encoded(event: Event | bytes) -> bytes:
-    """The MessagePack of an event; one that was made as bytes is it already."""
-    return event if type(event) is bytes else _encode(event)
+def encoded(event: Any) -> bytes:
+    """The MessagePack of an event; one that was made as bytes is it already, a block of vLLM's was taken."""
+    if type(event) is bytes:
+        return event
+    if isinstance(event, Event):
+        return _encode(event)
+    return pack_taken(TAKEN, event.block_id)

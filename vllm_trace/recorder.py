@@ -75,8 +75,8 @@ class Recorder:
         self.pending: list[Any] = []
         self.append = self.pending.append
         self.numbers = Numbers(self.append)
-        self.next_step: Callable[[], int] = count(1).__next__
-        """Numbers the steps that this process schedules."""
+        self.step_numbers = count(1)
+        """Of the steps that this process schedules."""
         self.kept: list[Any] = []
         """Requests for which ``allocate_slots`` needed no new block, since the last step; in tight steps."""
         self.keep: Callable[[Any], None] = self.kept.append
@@ -117,7 +117,7 @@ class Recorder:
         self.writer: TraceWriter | None = None
         self._finished: OrderedDict[str, int] = OrderedDict()
         self._plain = False
-        """The writer is open and ``pending`` holds nothing but events."""
+        """The writer is open and ``pending`` holds nothing but events, and blocks that were taken."""
         self._flushing = False
         self._num_lost = 0
         """Before there was a file."""

@@ -1,4 +1,4 @@
-"""A wrapper is the function that it wraps, for everybody who calls it or looks at it."""
+"""A hooked function, wrapped or woven, is the original for everybody who calls it or looks at it."""
 
 import functools
 import inspect
@@ -9,6 +9,7 @@ import pytest
 from vllm_trace.errors import HookError
 from vllm_trace.events import BlocksFreed, BlocksTaken, ProbeFailed, RequestFreed
 from vllm_trace.hooks.table import Hook, Probe, probe
+from vllm_trace.hooks.weave import is_woven
 
 CALLS = "vllm.v1.core.calls:Calls"
 POOL = "vllm.v1.core.block_pool:BlockPool"
@@ -18,8 +19,18 @@ def silent(result):
     pass
 
 
-def hook(target, a_probe):
-    return Hook(target, a_probe, emits="", without="")
+class Way:
+    woven = False
+
+
+@pytest.fixture(autouse=True, params=["wrapped", "woven"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(Way, "woven", request.param == "woven")
+    return request.param
+
+
+def hook(target, a_probe, **more):
+    return Hook(target, a_probe, emits="", without="", each_step=Way.woven, **more)
 
 
 def outcome(function, args, kwargs):
@@ -60,6 +71,7 @@ def test_every_way_to_call_gives_what_the_original_gives(fake, name):
     original = getattr(cls, name)
     fake.install(hook(f"{CALLS}.{name}", Probe(silent)))
     assert original is not getattr(cls, name), "it was not wrapped"
+    assert Way.woven == is_woven(getattr(cls, name))
     expected = [outcome(original, (cls(), *args), kwargs) for args, kwargs in ARGUMENTS]
     assert expected == [outcome(getattr(cls(), name), args, kwargs) for args, kwargs in ARGUMENTS]
     assert {} == fake.recorder.failures
@@ -106,9 +118,13 @@ def test_what_the_original_raises_passes_through_untouched(fake):
         cls().fails(error)
     assert error is caught.value.args[0]
     lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
-    assert "result = _original(self, first)" == lines[-2], (
-        "a traceback can show the wrapper's lines"
-    )
+    assert "raise LookupError(first)" == lines[-1]
+    if Way.woven:
+        assert 2 == len(lines), "only vLLM's own frame"
+    else:
+        assert "result = _original(self, first)" == lines[-2], (
+            "a traceback can show the wrapper's lines"
+        )
     assert None is caught.value.__context__
     assert ([], {}) == (seen, fake.recorder.failures)
     assert [] == fake.events(), "a call that did not return is not a fact"
@@ -300,15 +316,7 @@ def test_a_probe_that_returns_is_an_error_because_its_body_is_pasted(fake):
         append(RequestFreed(1))
 
     with pytest.raises(HookError, match="the probe returning must not return"):
-        fake.install(
-            Hook(
-                f"{POOL}.get_new_blocks",
-                returning,
-                emits="",
-                without="nothing works",
-                required=True,
-            )
-        )
+        fake.install(hook(f"{POOL}.get_new_blocks", returning, required=True))
     assert [0] == fake.cls("BlockPool")(1).get_new_blocks(1)
 
 

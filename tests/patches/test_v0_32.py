@@ -7,6 +7,7 @@ import pytest
 from vllm_trace.hooks import attach, detach
 from vllm_trace.hooks.install import install
 from vllm_trace.hooks.resolve import resolve
+from vllm_trace.hooks.weave import is_woven
 from vllm_trace.options import LEVELS, Options
 from vllm_trace.patches.v0_32 import TABLE
 from vllm_trace.recorder import Recorder
@@ -44,6 +45,9 @@ def test_attach_places_every_row_of_the_cpu_and_detach_restores_every_original(
         assert [type(a) for a in before] == [type(b) for b in during]
         assert {"ok"} == {entry["state"] for entry in made.notes["hooks"]}
         assert len(rows) == len(made.notes["hooks"])
+        assert {h.target for h in rows if h.each_step} == {
+            h.target for h, b in zip(rows, during) if is_woven(b)
+        }, "woven, and no other"
     finally:
         left = detach()
     after = [vars(owner)[name] for owner, name in map(owner_of, rows)]

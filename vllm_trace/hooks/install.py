@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterable
@@ -11,6 +12,8 @@ from typing import Any
 
 from vllm_trace.errors import HookError
 from vllm_trace.hooks.resolve import Resolution
+from vllm_trace.hooks.table import Hook
+from vllm_trace.hooks.weave import unweave, weave
 from vllm_trace.hooks.wrap import make_wrapper
 from vllm_trace.recorder import Recorder
 
@@ -36,6 +39,7 @@ class _Placed:
         if now is not self.ours:
             return f"{self.target} was replaced by {_name_of(now)} after us and is left as it is"
         setattr(self.owner, self.name, self.before)
+        unweave(self.ours)
         self.off = True
         return ""
 
@@ -95,17 +99,20 @@ def _place(row: Resolution, recorder: Recorder) -> _Placed:
     if not isinstance(inner, FunctionType):
         raise TypeError(f"{hook.target} is not a plain function but {_name_of(inner)}")
     target = hook.target
-    ours: Any = make_wrapper(
-        inner,
-        hook.probe,
-        recorder=recorder,
-        failed=_failing(recorder, target),
-        clock=time.monotonic_ns,
+    ours: Any = _observed(
+        inner, hook, recorder=recorder, failed=_failing(recorder, target), clock=time.monotonic_ns
     )
     if isinstance(before, classmethod | staticmethod):
         ours = type(before)(ours)
     setattr(owner, name, ours)
     return _Placed(target, owner, name, before, ours, hook.probe.function.__code__.co_names)
+
+
+def _observed(original: FunctionType, hook: Hook, **given: Any) -> FunctionType:
+    if hook.each_step:
+        with contextlib.suppress(Exception):  # whatever the reason, a wrapper does the same
+            return weave(original, hook.probe, **given)
+    return make_wrapper(original, hook.probe, **given)
 
 
 def _failing(recorder: Recorder, target: str) -> Callable[[Exception], None]:

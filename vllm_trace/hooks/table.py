@@ -18,7 +18,7 @@ PROVIDED = (
     "numbers",
     "keep",
     "recorder",
-    "next_step",
+    "step_numbers",
     "result",
     "started",
     "ended",
@@ -92,6 +92,8 @@ class Hook:
     """``cpu`` or ``cuda``: applies to that platform only. Empty: to all."""
     needs: str = ""
     """A package without which the hooked code cannot run: where it is absent, nothing is missed."""
+    each_step: bool = False
+    """It is called in every step, maybe for each request: woven into a copy, see ``hooks.weave``."""
     fingerprints: tuple[str, ...] = ()
     """Hashes of the sources that were reviewed (a release's builds may differ)."""
 

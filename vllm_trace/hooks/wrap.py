@@ -18,7 +18,6 @@ for each running request and step. What the original raises passes through untou
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 import linecache
@@ -29,6 +28,7 @@ from types import FunctionType
 from typing import Any
 
 from vllm_trace.errors import HookError
+from vllm_trace.hooks import pasting
 from vllm_trace.hooks.table import PROVIDED, Probe
 from vllm_trace.recorder import Recorder
 
@@ -51,39 +51,18 @@ def make_wrapper(
     taken = set(PROVIDED) & set(signature.parameters)
     if taken:
         raise HookError(f"{original.__qualname__} has a parameter named {taken.pop()!r}")
-    namespace: dict[str, Any] = dict(probe.function.__globals__)
-    namespace |= {n: v for n, v in probe.otherwise.items() if n not in signature.parameters}
-    namespace |= {
-        "_original": original,
-        "recorder": recorder,
-        "append": recorder.append,
-        "defer": recorder.defer,
-        "numbers": recorder.numbers,
-        "next_step": recorder.next_step,
-        "keep": recorder.keep,
-        "_failed": failed,
-        "_flush": recorder.flush,
-        "_clock": clock,
-    }
+    namespace = pasting.names(probe, signature, recorder, failed, clock)
+    namespace["_original"] = original
     parameters, call = _spell_out(signature, namespace)
     own_name = original.__name__ if original.__name__.isidentifier() else "wrapper"  # a <lambda>
-    lines = [f"def {own_name}({parameters}):"]
-    for name in probe.as_list:
-        lines += [f"    if type({name}) is not list: {name} = list({name})"]
-    if probe.before is not None:
-        lines += ["    try:", f"        seen = {_expression(probe.before)}"]
-        lines += ["    except Exception as error:", "        seen = None; _failed(error)"]
-    if probe.timed:
-        lines += ["    started = _clock()"]
-    lines += [f"    result = _original({call})"]
-    if "ended" in probe.parameters:
-        lines += ["    ended = _clock()"]
-    lines += ["    try:", *_body(probe.function, indent=8)]
-    lines += ["    except Exception as error:", "        _failed(error)"]
-    if probe.flush:
-        lines += ["    _flush()"]
-    lines += ["    return result"]
-    wrapper = _compile(own_name, "\n".join(lines) + "\n", namespace)
+    inside = [
+        pasting.statements_before(probe),
+        f"result = _original({call})",
+        pasting.statements_after(probe),
+        "return result",
+    ]
+    text = textwrap.indent("\n".join(part for part in inside if part), "    ")
+    wrapper = _compile(own_name, f"def {own_name}({parameters}):\n{text}\n", namespace)
     functools.update_wrapper(wrapper, original)
     return wrapper
 
@@ -119,31 +98,6 @@ def _spell_out(signature: inspect.Signature, namespace: dict[str, Any]) -> tuple
     if last is inspect.Parameter.POSITIONAL_ONLY and shown:
         shown.append("/")
     return ", ".join(shown), ", ".join(call)
-
-
-@functools.cache
-def _tree(function: FunctionType) -> ast.FunctionDef:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    node = tree.body[0]
-    assert isinstance(node, ast.FunctionDef)
-    return node
-
-
-def _body(function: Callable[..., None], indent: int) -> list[str]:
-    statements = _tree(function).body
-    if isinstance(statements[0], ast.Expr) and isinstance(statements[0].value, ast.Constant):
-        statements = statements[1:]
-    for node in statements:
-        if any(isinstance(part, ast.Return) for part in ast.walk(node)):
-            raise HookError(f"the probe {function.__name__} must not return: its body is pasted")
-    text = "\n".join(ast.unparse(node) for node in statements)
-    return textwrap.indent(text, " " * indent).splitlines()
-
-
-def _expression(function: Callable[..., Any]) -> str:
-    node = _tree(function).body[-1]
-    assert isinstance(node, ast.Return) and node.value is not None
-    return ast.unparse(node.value)
 
 
 def _compile(name: str, source: str, namespace: dict[str, Any]) -> FunctionType:

@@ -32,9 +32,13 @@ import builtins
 import copy
 import functools
 import inspect
+import linecache
+import math
 import symtable
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -70,7 +74,8 @@ def weave(
 
     Raises: ``CannotWeave`` when no copy can be made that is sure to do the same.
     """
-    node, imported = _definition(original)
+    definition = _definition(original)
+    node = definition.node
     signature = inspect.signature(original, follow_wrapped=False)
     names = pasting.names(probe, signature, recorder, failed, clock)
     parameters = set(signature.parameters)
@@ -78,12 +83,14 @@ def weave(
         raise CannotWeave(f"{original.__qualname__} has a parameter named {taken.pop()!r}")
     ours = _Ours(names, parameters)
     before = ours.renamed(pasting.statements_before(probe), keep=probe.as_list)
-    ours.saved = _rebound(node) & parameters
+    ours.saved = definition.rebound & parameters
     after = ours.renamed(pasting.statements_after(probe), keep=probe.as_list)
     save = "\n".join(f"{PREFIX}{name} = {name}" for name in sorted(ours.saved & ours.read))
-    _Returns(after).visit_own(node)
-    node.body[:0] = _located([*before, *ast.parse(save).body], node.body[0])
-    made = _compiled(node, imported, original, ours.provided)
+    first, last = node.body[0], node.body[-1]
+    if not isinstance(last, ast.Return):
+        node.body.append(ast.copy_location(ast.Return(None), last))
+    node.body = _located([*before, *ast.parse(save).body], first) + _woven(node.body, after)
+    made = _compiled(node, definition.imported, original, ours.provided)
     functools.update_wrapper(made, original)
     return made
 
@@ -110,68 +117,133 @@ def unweave(function: Any) -> None:
         function.__code__ = function.__wrapped__.__code__
 
 
-def _definition(original: FunctionType) -> tuple[ast.FunctionDef, tuple[str, ...]]:
-    """The function's syntax tree, bare of decorators, defaults and annotations; the names its module imports."""
+def _definition(original: FunctionType) -> _Definition:
+    """What is compiled to what runs. Raises: ``CannotWeave``."""
     code = original.__code__
     if code.co_freevars:
         raise CannotWeave(f"{original.__qualname__} is a closure")
     if inspect.isgeneratorfunction(original):
         raise CannotWeave(f"{original.__qualname__} is a generator")
     try:
-        lines, _ = inspect.findsource(code)
-        definitions, imported = _module("".join(lines))
-        node = copy.deepcopy(definitions[code.co_firstlineno])
-    except (OSError, SyntaxError, TypeError, ValueError, KeyError) as error:
+        # Not through ``inspect``, which looks at every module of the process to find a file's.
+        linecache.checkcache(code.co_filename)
+        lines = linecache.getlines(code.co_filename, original.__globals__)
+        text, node = _parsed(lines, code)
+        rebound = _rebound(text, node.name)
+    except (OSError, SyntaxError, TypeError, ValueError, IndexError) as error:
         raise CannotWeave(f"no source of {original.__qualname__}: {error}") from None
+    if PREFIX in text:
+        raise CannotWeave(f"{original.__qualname__} has names that begin with {PREFIX}")
+    _strip(node)
+    # The file may be another by now, and a decorator may have left a function that is not in it.
+    for imports in _imported_as_it_seems, _imported_as_it_says:
+        imported = imports(original, lines)
+        if _same(_compiled(node, imported, original, {}).__code__, code):
+            return _Definition(node, imported, rebound)
+    raise CannotWeave(f"the source of {original.__qualname__} is not what runs")
+
+
+@dataclass(frozen=True)
+class _Definition:
+    node: ast.FunctionDef
+    """With the line numbers of its file, bare of decorators, defaults and annotations."""
+    imported: tuple[str, ...]
+    """Names that its module imports: a method of one is called by other instructions than one of an object."""
+    rebound: set[str]
+    """Names that the function gives another value, or lets an inner function give one."""
+
+
+def _parsed(lines: list[str], code: CodeType) -> tuple[str, ast.FunctionDef]:
+    """The text of a function and its tree: from where it begins to the last line that has an instruction, on to what
+    never runs below that and to where the last brackets close."""
+    first = code.co_firstlineno
+    last = max(_lines_of(code))
+    while last < len(lines) and _indent(lines[last]) > _indent(lines[first - 1]):
+        last += 1
+    while True:
+        # Not dedented: the lines of a string are part of it.
+        text = "if True:\n" * lines[first - 1][0].isspace() + "".join(lines[first - 1 : last])
+        try:
+            (node,) = ast.parse(text).body
+            break
+        except SyntaxError:
+            if last == len(lines) or last - first > 5000:
+                raise
+            last += 1
+    before = 1
+    if isinstance(node, ast.If):
+        (node,) = node.body
+        before = 2
+    if not isinstance(node, ast.FunctionDef):
+        raise ValueError("it is not a function")
+    ast.increment_lineno(node, first - before)
+    return text, node
+
+
+def _indent(line: str) -> float:
+    return len(line) - len(line.lstrip()) if line.strip() else math.inf
+
+
+def _lines_of(code: CodeType) -> Iterator[int]:
+    yield from (line for _, _, line in code.co_lines() if line)
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _lines_of(one)
+
+
+def _strip(node: ast.FunctionDef) -> None:
     node.decorator_list, node.returns = [], None
     arguments = node.args
-    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+    rest = [one for one in (arguments.vararg, arguments.kwarg) if one is not None]
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *rest):
         argument.annotation = None
-    for rest in (arguments.vararg, arguments.kwarg):
-        if rest is not None:
-            rest.annotation = None
     # How many there are counts; the objects are the original's.
-    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
-    arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
-    if any(
-        isinstance(part, ast.Name | ast.arg)
-        and (part.id if isinstance(part, ast.Name) else part.arg).startswith(PREFIX)
-        for part in ast.walk(node)
-    ):
-        raise CannotWeave(f"{original.__qualname__} has names that begin with {PREFIX}")
-    # The file may be another by now, and a decorator may have left a function that is not in it.
-    if not _same(_compiled(node, imported, original, {}).__code__, code):
-        raise CannotWeave(f"the source of {original.__qualname__} is not what runs")
-    return node, imported
+    arguments.defaults = [_none(default) for default in arguments.defaults]
+    arguments.kw_defaults = [default and _none(default) for default in arguments.kw_defaults]
 
 
-@functools.lru_cache(maxsize=4)
-def _module(text: str) -> tuple[dict[int, ast.FunctionDef], tuple[str, ...]]:
-    """The functions of a module by the line that they begin in, and the names that it imports."""
-    tree = ast.parse(text)
-    definitions = {
-        min([node.lineno, *(one.lineno for one in node.decorator_list)]): node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    }
-    imports = (node for node in _own_nodes(tree) if isinstance(node, ast.Import | ast.ImportFrom))
-    names = {name.asname or name.name.partition(".")[0] for one in imports for name in one.names}
-    return definitions, tuple(sorted(names - {"*"}))
+def _none(like: ast.AST) -> ast.Constant:
+    return ast.copy_location(ast.Constant(None), like)
+
+
+def _imported_as_it_seems(original: FunctionType, lines: list[str]) -> tuple[str, ...]:
+    """Quick, and right but for imported objects."""
+    space = original.__globals__
+    return tuple(
+        name
+        for name in sorted(_names_in(original.__code__))
+        if inspect.ismodule(value := space.get(name))
+        or (callable(value) and getattr(value, "__module__", None) != original.__module__)
+    )
+
+
+def _names_in(code: CodeType) -> set[str]:
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
+
+
+def _imported_as_it_says(original: FunctionType, lines: list[str]) -> tuple[str, ...]:
+    """Exact, and the whole module has to be parsed."""
+    found = (
+        node
+        for node in _own_nodes(ast.parse("".join(lines)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+    names = {name.asname or name.name.partition(".")[0] for one in found for name in one.names}
+    return tuple(sorted(names - {"*"}))
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All that is in a module or a function, but for what is in the functions and classes inside it."""
+    """All that is in a module, but for what is in its functions and classes."""
     for child in ast.iter_child_nodes(node):
         yield child
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield from _own_nodes(child)
 
 
-def _rebound(node: ast.FunctionDef) -> set[str]:
-    """Names that the function gives another value, or lets an inner function give one."""
-    bare = ast.Module([node], type_ignores=[])
-    table = symtable.symtable(ast.unparse(bare), node.name, "exec")
-    (function,) = table.get_children()
+def _rebound(text: str, name: str) -> set[str]:
+    top = symtable.symtable(text, name, "exec").get_children()
+    function = next(one for one in top if (one.get_name(), one.get_type()) == (name, "function"))
     inner = set()
     for child in _below(function):
         inner |= {symbol.get_name() for symbol in child.get_symbols() if symbol.is_nonlocal()}
@@ -256,40 +328,40 @@ class _Ours(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-class _Returns(ast.NodeTransformer):
-    """Puts statements in front of each return of one function, and at its end."""
+def _woven(
+    statements: list[ast.stmt], after: list[ast.stmt], *, last_word: bool = True
+) -> list[ast.stmt]:
+    """The statements of a function with ``after`` in front of each of its returns.
 
-    def __init__(self, statements: list[ast.stmt]) -> None:
-        self._statements = statements
+    Not ``last_word``: they stand where something else runs after a return, and may raise or return another value.
+    """
+    out: list[ast.stmt] = []
+    for statement in statements:
+        if isinstance(statement, ast.Return):
+            if not last_word:
+                raise CannotWeave("a return is not the last that is done")
+            out += _before_return(statement, after)
+            continue
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inside = last_word and not (
+                isinstance(statement, ast.With) or getattr(statement, "finalbody", None)
+            )
+            parts = [*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())]
+            for part in (statement, *parts):
+                for name in ("body", "orelse", "finalbody"):
+                    if inner := getattr(part, name, None):
+                        setattr(part, name, _woven(inner, after, last_word=inside))
+        out.append(statement)
+    return out
 
-    def visit_own(self, node: ast.FunctionDef) -> None:
-        last = node.body[-1]
-        if not isinstance(last, ast.Return | ast.Raise):
-            node.body.append(ast.copy_location(ast.Return(None), last))
-        self.generic_visit(node)
 
-    def _last_word(self, node: Any) -> ast.AST:
-        """What runs after a return inside may raise, or return something else."""
-        ends = isinstance(node, ast.With) or node.finalbody
-        if ends and any(isinstance(inside, ast.Return) for inside in _own_nodes(node)):
-            raise CannotWeave("a return is not the last that is done")
-        return self.generic_visit(node)
-
-    visit_With = visit_Try = visit_TryStar = _last_word
-
-    def visit_Return(self, node: ast.Return) -> list[ast.stmt]:
-        value = node.value or ast.copy_location(ast.Constant(None), node)
-        keep = ast.Assign([ast.Name(f"{PREFIX}result", ast.Store())], ast.Constant(None))
-        give = ast.Return(ast.Name(f"{PREFIX}result", ast.Load()))
-        inside = _located([keep, *copy.deepcopy(self._statements), give], node)
-        keep.value = value  # where it stands in vLLM's file
-        return inside
-
-    def _inner(self, node: ast.AST) -> ast.AST:
-        """What a function inside returns is its own."""
-        return node
-
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = visit_ClassDef = _inner
+def _before_return(node: ast.Return, after: list[ast.stmt]) -> list[ast.stmt]:
+    keep = ast.Assign([ast.Name(f"{PREFIX}result", ast.Store())], ast.Constant(None))
+    give = ast.Return(ast.Name(f"{PREFIX}result", ast.Load()))
+    inside = _located([keep, *copy.deepcopy(after), give], node)
+    if node.value is not None:
+        keep.value = node.value  # where it stands in vLLM's file
+    return inside
 
 
 def _located(statements: list[ast.stmt], like: ast.AST) -> list[ast.stmt]:
@@ -308,20 +380,22 @@ def _compiled(
     """The function of a syntax tree, in the module of ``original`` and with its defaults."""
     module = ast.Module([node], type_ignores=[])
     if imported:
-        # Never run. A method of what a module imports is called by other instructions than one of an object.
+        # Never run; the compiler looks at the names.
         module.body += ast.parse(f"if False: import {', '.join(imported)}").body
     theirs = original.__code__
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # for one, that a constant is called
         compiled = compile(
-            ast.fix_missing_locations(module),
+            module,
             theirs.co_filename,
             "exec",
             theirs.co_flags & _FUTURES,
             dont_inherit=True,
         )
     code = next(one for one in compiled.co_consts if isinstance(one, CodeType))
-    code = _filled(code, provided).replace(co_qualname=theirs.co_qualname)
+    code = _filled(code, provided)
+    if sys.version_info >= (3, 11):
+        code = code.replace(co_qualname=theirs.co_qualname)
     made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
     made.__kwdefaults__ = original.__kwdefaults__
     return made
@@ -346,7 +420,7 @@ def _same(ours: CodeType, theirs: CodeType) -> bool:
     """Whether two pieces of code do the same, wherever they were compiled."""
     if ours.co_flags != theirs.co_flags:
         return False
-    if any(getattr(ours, name) != getattr(theirs, name) for name in _COMPARED):
+    if any(getattr(ours, name, None) != getattr(theirs, name, None) for name in _COMPARED):
         return False
     return len(ours.co_consts) == len(theirs.co_consts) and all(
         type(one) is type(other)

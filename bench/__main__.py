@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the rounds and events")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
-    parser.add_argument("--rounds", type=int, help="rounds of the comparison (default 60; quick 6)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of the comparison (default 240; quick 12)"
+    )
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     asked = parser.parse_args()
     tell = Console(stderr=True, quiet=asked.json)
@@ -65,7 +67,7 @@ def main() -> None:
 def measure_capture(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """What tracing costs: ``capture.md`` and ``capture.json``."""
     with tell.status("measuring") as status:
-        figures = measure(asked.quick, asked.rounds or (6 if asked.quick else 60), status.update)
+        figures = measure(asked.quick, asked.rounds or (12 if asked.quick else 240), status.update)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
     if not asked.json:
@@ -258,14 +260,14 @@ HOW = """\
 A step is `EngineCore.step` of the installed vLLM with an executor that answers at once: `schedule`, a
 finished future, `update_from_output`. {requests} requests decode; their prompts have {low} to {high}
 tokens, so about {boundaries:.0f} of them begin a new block of {block_size} tokens in a step. Prefix
-caching and `log_stats` are on. Where a process lies in memory is worth up to 1 % of a step, so the
-rounds are spread over {processes} processes. Every round runs all arms in a new order, each on new requests:
-{warm_up} steps to warm up (a changed class makes CPython forget its inline caches), then {timed} timed
-ones. Time is `process_time`, so all threads count; what an arm has put off (our compression, the
-span arm's export) is done inside the timed stretch. The heap is frozen before, as EngineCore does
-when it has started, and the collector is on. *median* and *quartiles* are of the ratios to `off` of
-the same round, *error* is the standard error of the median; `off again` is the noise: the same
-functions a second time. The slow arms run once in each process.
+caching and `log_stats` are on. In a round all arms take turns on the same requests, in a new order each
+round: {warm_up} steps to warm up (a changed class makes CPython forget its inline caches), then {timed} timed
+ones. A window's time is its median step, so that a neighbour on the host moves none, and its share of what
+the arm had put off, our compression; *median* and *quartiles* are of the ratios to `off` of the same round,
+*error* is the standard error of the median; `off again` is the noise: the same functions a second time.
+Where a process lies in memory is worth up to 1 % of a step, so the rounds are spread over {processes} processes.
+The heap is frozen before, as EngineCore does when it has started, and the collector is on. The slow arms run
+once in each process and are compared by CPU time of all threads, the span arm's export within.
 
 `detached`: tracing was on and taken off; the functions are the original objects (asserted).
 `OpenTelemetry spans`: SDK spans around the same calls with the same facts, `BatchSpanProcessor`, OTLP

@@ -110,6 +110,10 @@ class Engine:
         while any(r.is_prefill_chunk or not r.num_output_tokens for r in self._requests()):
             self.step()
 
+    def assert_full(self) -> None:
+        """None of the requests may have ended: an arm would have had less to do."""
+        assert len(self.core.scheduler.running) == NUM_REQUESTS
+
     def add(self, prompt_len: int, max_tokens: int, rng: random.Random) -> None:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request

@@ -1,7 +1,9 @@
-"""Added CPU per step: all arms in one run, shuffled in every round, each compared with its round's ``off``.
+"""Added CPU per step: the arms take turns within one filling of the engine, each compared with its neighbour ``off``.
 
-Where a process happens to lie in memory is worth up to 1 % of a step, for better or worse, so the
-rounds are spread over several processes: ``python -m bench.overhead ROUNDS SEED FILE`` is one.
+A machine's speed drifts by more in a minute than tracing costs, and a neighbour on the host by more in a second;
+windows of steps that follow each other on the same requests share both. Where a process happens to lie in memory is
+worth up to 1 % of a step, for better or worse, so the rounds are spread over several processes:
+``python -m bench.overhead ROUNDS SEED FILE`` is one.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from bench.engine import Engine, settle_heap
 WARM_UP = 120
 """Steps before the timed ones: a changed class makes CPython forget its inline caches."""
 
-STEPS = 1200
-"""Timed steps. The tail is emptied once in them; in a real run once in 2,700 or more."""
+STEPS = 140
+"""Timed steps. As many windows as there are quick arms fit into one filling."""
 
 PROCESSES = 6
 SLOW = ("OpenTelemetry spans", "cProfile", "VizTracer")
@@ -33,7 +35,7 @@ SLOW = ("OpenTelemetry spans", "cProfile", "VizTracer")
 
 @dataclass(frozen=True)
 class Overhead:
-    """One arm. Ratios are of CPU time, to ``off`` of the same round."""
+    """One arm. Ratios are to ``off`` of the same round."""
 
     arm: str
     rounds: int
@@ -71,31 +73,60 @@ def measure(rounds: int, tell: Callable[[str], None] = lambda text: None) -> lis
 
 
 def measure_here(rounds: int, seed: int) -> Times:
-    """The rounds of one process. The slow arms come last in the first: the arms whose difference is
-    small lie close together in time."""
+    """The rounds of one process. The slow arms have a filling of their own in the first."""
     engine, rng = Engine(), random.Random(seed)
     times: Times = {arm: [] for arm in ARMS}
+    quick = [arm for arm in ARMS if arm not in SLOW]
     for number in range(rounds):
-        chosen = [arm for arm in ARMS if arm not in SLOW]
-        rng.shuffle(chosen)
+        take_turns(engine, rng.sample(quick, len(quick)), times, median_us)
         if number == 0:
-            chosen += SLOW
-        taken = {arm: step_us(engine, arm) for arm in chosen}
-        for arm, us in taken.items():
-            times[arm].append((us, taken["off"]))
+            found: Times = {arm: [] for arm in ("off", *SLOW)}
+            take_turns(engine, rng.sample([*found], len(found)), found, mean_us)
+            for arm in SLOW:
+                times[arm] += found[arm]
     engine.empty()
     return times
 
 
-def step_us(engine: Engine, arm: str) -> float:
-    """CPU time of one step, all threads of the process counted, in microseconds."""
+def take_turns(
+    engine: Engine, arms: list[str], times: Times, time_of: Callable[[Engine, str], float]
+) -> None:
+    """One window of each arm on the same requests, added to ``times`` with that of ``off``."""
+    engine.fill()
+    settle_heap()
+    taken = {arm: time_of(engine, arm) for arm in arms}
+    engine.assert_full()
+    for arm, us in taken.items():
+        times[arm].append((us, taken["off"]))
+
+
+def median_us(engine: Engine, arm: str) -> float:
+    """A step in microseconds: the median of the window, and its share of what the arm had put off.
+
+    The engine's process has one thread in these arms; a neighbour that takes the core for a while moves no median.
+    """
+    step, clock = engine.step, time.perf_counter_ns
+    with ARMS[arm]() as settle:
+        for _ in range(WARM_UP):
+            step()
+        taken = []
+        for _ in range(STEPS):
+            began = clock()
+            step()
+            taken.append(clock() - began)
+        began = clock()
+        settle()
+        put_off = (clock() - began) / (WARM_UP + STEPS)
+        return (statistics.median(taken) + put_off) / 1000
+
+
+def mean_us(engine: Engine, arm: str) -> float:
+    """The same as CPU time of all threads, for arms that have some."""
     step = engine.step
     with ARMS[arm]() as settle:
-        engine.fill()
         for _ in range(WARM_UP):
             step()
         settle()
-        settle_heap()
         began = time.process_time_ns()
         for _ in range(STEPS):
             step()

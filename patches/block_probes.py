@@ -151,9 +151,8 @@ def slots_allocated(
     # A request that decodes got its next block.
     block = new[0][0]
     block_id, pending = block.block_id, rec.pending
-    if (
-        pending and pending[-1] is block
-    ):  # as ``get_new_blocks`` left it: the two events in one piece
+    if pending and pending[-1] is block:
+        # As ``get_new_blocks`` left it: the two events in one piece.
         pending[-1] = b""
         return pack_taken_allocated(
             TAKEN, block_id, ALLOCATED, number, U32, num_new, NO_HIT, block_id,
@@ -273,9 +272,7 @@ def kv_events_taken(rec: Recorder, events: list[Any]) -> KVEventsTaken:
 @probe()
 def get_new_blocks(append, num_blocks, result):
     if num_blocks == 1:
-        append(
-            result[0]
-        )  # ``slots_allocated`` says to whom it went, or else ``one_block_taken`` that it went
+        append(result[0])  # until ``slots_allocated`` says to whom; else ``packing.encoded``
     else:
         append(BlocksTaken([*map(id_of, result)]))
 

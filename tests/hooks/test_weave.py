@@ -246,6 +246,43 @@ def test_what_cannot_be_copied_for_certain_is_refused(folder, text, reason):
         copy_of(function, timed)
 
 
+def test_a_method_with_all_that_stands_around_it_and_functions_inside_is_copied(folder):
+    module = module_of(
+        folder,
+        """
+        import functools
+        from os import path as where, sep
+
+        class A:
+            @staticmethod
+            @(lambda function: function)
+            def function(x: "no such" = (lambda: 3)(), *rest: int, key: str = sep) -> "nothing":
+                def inner(y):
+                    return [where.join(str(y), key) for _ in range(2)], sep.join("ab")
+                return inner(x)
+        """,
+    )
+    function = module.A.function
+    woven = copy_of(function, returned)
+    assert is_woven(woven)
+    CALLS.clear()
+    assert function() == woven()
+    assert [("returned", 3, function())] == CALLS
+    assert function(5, 6, key="k") == woven(5, 6, key="k")
+
+
+@pytest.mark.parametrize(("old", "new"), [("1, 2", "1.0, 2"), ("0.0", "-0.0"), ("1 in", "True in")])
+def test_a_constant_that_equals_the_one_that_runs_and_is_another_is_refused(folder, old, new):
+    text = "def function(x):\n    return 1 in (x, 0.0), (1, 2)\n"
+    assert old in text
+    module = module_of(folder, text)
+    with open(module.__file__, "w") as file:
+        file.write(text.replace(old, new))
+    linecache.checkcache(module.__file__)
+    with pytest.raises(CannotWeave, match="not what runs"):
+        copy_of(module.function, timed)
+
+
 def test_a_file_that_changed_after_it_was_imported_is_refused(folder):
     module = module_of(folder, "def function(x):\n    return x + 1\n")
     with open(module.__file__, "w") as file:

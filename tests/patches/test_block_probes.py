@@ -2,13 +2,13 @@
 
 import pytest
 
-pytest.importorskip("vllm", reason="needs vLLM")
-
 from vllm_trace.events import BlocksTaken, SlotsAllocated
 from vllm_trace.hooks import attach, detach
 from vllm_trace.options import Options
 from vllm_trace.patches.block_probes import slots_allocated
 from vllm_trace.tracefile import TraceFile
+
+pytestmark = pytest.mark.usefixtures("source_0_32")
 
 
 @pytest.fixture

@@ -90,7 +90,11 @@ def weave(
     if not isinstance(last, ast.Return):
         node.body.append(ast.copy_location(ast.Return(None), last))
     node.body = _located([*before, *ast.parse(save).body], first) + _woven(node.body, after)
-    made = _compiled(node, definition.imported, original, ours.provided)
+    code = _filled(_compiled(node, definition.imported, original.__code__), ours.provided)
+    if sys.version_info >= (3, 11):
+        code = code.replace(co_qualname=original.__code__.co_qualname)
+    made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
+    made.__kwdefaults__ = original.__kwdefaults__
     functools.update_wrapper(made, original)
     return made
 
@@ -130,23 +134,23 @@ def _definition(original: FunctionType) -> _Definition:
         lines = linecache.getlines(code.co_filename, original.__globals__)
         text, node = _parsed(lines, code)
         rebound = _rebound(text, node.name)
-    except (OSError, SyntaxError, TypeError, ValueError, IndexError) as error:
+    except (SyntaxError, ValueError, IndexError, StopIteration) as error:
         raise CannotWeave(f"no source of {original.__qualname__}: {error}") from None
     if PREFIX in text:
         raise CannotWeave(f"{original.__qualname__} has names that begin with {PREFIX}")
-    _strip(node)
     # The file may be another by now, and a decorator may have left a function that is not in it.
-    for imports in _imported_as_it_seems, _imported_as_it_says:
-        imported = imports(original, lines)
-        if _same(_compiled(node, imported, original, {}).__code__, code):
-            return _Definition(node, imported, rebound)
-    raise CannotWeave(f"the source of {original.__qualname__} is not what runs")
+    imported = _imported_as_it_seems(original)
+    if _compiled(node, imported, code) != code:
+        imported = _imported_as_it_says("".join(lines))
+        if _compiled(node, imported, code) != code:
+            raise CannotWeave(f"the source of {original.__qualname__} is not what runs")
+    return _Definition(node, imported, rebound)
 
 
 @dataclass(frozen=True)
 class _Definition:
     node: ast.FunctionDef
-    """With the line numbers of its file, bare of decorators, defaults and annotations."""
+    """With the line numbers of its file."""
     imported: tuple[str, ...]
     """Names that its module imports: a method of one is called by other instructions than one of an object."""
     rebound: set[str]
@@ -191,22 +195,7 @@ def _lines_of(code: CodeType) -> Iterator[int]:
             yield from _lines_of(one)
 
 
-def _strip(node: ast.FunctionDef) -> None:
-    node.decorator_list, node.returns = [], None
-    arguments = node.args
-    rest = [one for one in (arguments.vararg, arguments.kwarg) if one is not None]
-    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *rest):
-        argument.annotation = None
-    # How many there are counts; the objects are the original's.
-    arguments.defaults = [_none(default) for default in arguments.defaults]
-    arguments.kw_defaults = [default and _none(default) for default in arguments.kw_defaults]
-
-
-def _none(like: ast.AST) -> ast.Constant:
-    return ast.copy_location(ast.Constant(None), like)
-
-
-def _imported_as_it_seems(original: FunctionType, lines: list[str]) -> tuple[str, ...]:
+def _imported_as_it_seems(original: FunctionType) -> tuple[str, ...]:
     """Quick, and right but for imported objects."""
     space = original.__globals__
     return tuple(
@@ -222,11 +211,11 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names_in, inner))
 
 
-def _imported_as_it_says(original: FunctionType, lines: list[str]) -> tuple[str, ...]:
+def _imported_as_it_says(text: str) -> tuple[str, ...]:
     """Exact, and the whole module has to be parsed."""
     found = (
         node
-        for node in _own_nodes(ast.parse("".join(lines)))
+        for node in _own_nodes(ast.parse(text))
         if isinstance(node, ast.Import | ast.ImportFrom)
     )
     names = {name.asname or name.name.partition(".")[0] for one in found for name in one.names}
@@ -371,34 +360,23 @@ def _located(statements: list[ast.stmt], like: ast.AST) -> list[ast.stmt]:
     return statements
 
 
-def _compiled(
-    node: ast.FunctionDef,
-    imported: tuple[str, ...],
-    original: FunctionType,
-    provided: dict[_Placeholder, Any],
-) -> FunctionType:
-    """The function of a syntax tree, in the module of ``original`` and with its defaults."""
+def _compiled(node: ast.FunctionDef, imported: tuple[str, ...], like: CodeType) -> CodeType:
+    """The code of a function that stands where ``like`` does. Nothing around it is run: no decorator, no default."""
     module = ast.Module([node], type_ignores=[])
     if imported:
-        # Never run; the compiler looks at the names.
-        module.body += ast.parse(f"if False: import {', '.join(imported)}").body
-    theirs = original.__code__
+        # The compiler looks at the names.
+        module.body += ast.parse(f"import {', '.join(imported)}").body
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # for one, that a constant is called
         compiled = compile(
-            module,
-            theirs.co_filename,
-            "exec",
-            theirs.co_flags & _FUTURES,
-            dont_inherit=True,
+            module, like.co_filename, "exec", like.co_flags & _FUTURES, dont_inherit=True
         )
-    code = next(one for one in compiled.co_consts if isinstance(one, CodeType))
-    code = _filled(code, provided)
-    if sys.version_info >= (3, 11):
-        code = code.replace(co_qualname=theirs.co_qualname)
-    made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__)
-    made.__kwdefaults__ = original.__kwdefaults__
-    return made
+    return next(
+        one
+        for one in compiled.co_consts
+        if isinstance(one, CodeType)
+        and (one.co_name, one.co_firstlineno) == (like.co_name, like.co_firstlineno)
+    )
 
 
 def _filled(code: CodeType, provided: dict[_Placeholder, Any]) -> CodeType:
@@ -408,22 +386,3 @@ def _filled(code: CodeType, provided: dict[_Placeholder, Any]) -> CodeType:
         for one in code.co_consts
     )
     return code.replace(co_consts=filled)
-
-
-_COMPARED = (
-    "co_name", "co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars",
-    "co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_exceptiontable",
-)  # fmt: skip
-
-
-def _same(ours: CodeType, theirs: CodeType) -> bool:
-    """Whether two pieces of code do the same, wherever they were compiled."""
-    if ours.co_flags != theirs.co_flags:
-        return False
-    if any(getattr(ours, name, None) != getattr(theirs, name, None) for name in _COMPARED):
-        return False
-    return len(ours.co_consts) == len(theirs.co_consts) and all(
-        type(one) is type(other)
-        and (_same(one, other) if isinstance(one, CodeType) else one == other)
-        for one, other in zip(ours.co_consts, theirs.co_consts)
-    )

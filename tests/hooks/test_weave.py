@@ -7,6 +7,7 @@ import itertools
 import linecache
 import os
 import re
+import sys
 import textwrap
 import traceback
 import weakref
@@ -263,6 +264,10 @@ def test_a_method_with_all_that_stands_around_it_and_functions_inside_is_copied(
         """,
     )
     function = module.A.function
+    if sys.version_info < (3, 11):  # the name of the class is among the constants there
+        with pytest.raises(CannotWeave, match="not what runs"):
+            copy_of(function, returned)
+        return
     woven = copy_of(function, returned)
     assert is_woven(woven)
     CALLS.clear()

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import arms, export_spans, export_tables, files, oracle, overhead, start
+from bench import arms, export_spans, export_tables, files, oracle, overhead, start, turns
 from bench.engine import BLOCK_SIZE, NUM_REQUESTS, PROMPT_LENS, Engine
 from vllm_trace import __version__
 from vllm_trace.compiled import is_compiled
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "reports" / "bench")
     parser.add_argument(
-        "--rounds", type=int, help="rounds of the comparison (default 240; quick 12)"
+        "--processes", type=int, help="engines to compare the arms in (default 16; quick 2)"
     )
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     asked = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 def measure_capture(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """What tracing costs: ``capture.md`` and ``capture.json``."""
     with tell.status("measuring") as status:
-        figures = measure(asked.quick, asked.rounds or (12 if asked.quick else 240), status.update)
+        figures = measure(asked.quick, asked.processes or (2 if asked.quick else 16), status.update)
     (asked.output / "capture.json").write_text(json.dumps(figures, indent=1) + "\n")
     (asked.output / "capture.md").write_text(markdown(figures))
     if not asked.json:
@@ -119,14 +119,14 @@ def head_of(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def measure(quick: bool, rounds: int, tell: Any) -> dict[str, Any]:
+def measure(quick: bool, processes: int, tell: Any) -> dict[str, Any]:
     """All figures, as plain values."""
     figures: dict[str, Any] = {"schema": 1, "about": about()}
     tell("imports")
     figures["imports_s"] = {
         name: files.import_seconds(name) for name in ("vllm_trace", "vllm_trace.cli")
     }
-    found = overhead.measure(rounds, tell=tell)
+    found = overhead.measure(processes, tell=tell)
     figures["overhead"] = [arm.to_dict() for arm in found]
     added = {arm.arm: arm.added_us for arm in found}
     figures["times_cheaper_than_spans"] = added["OpenTelemetry spans"] / added["full"]
@@ -172,8 +172,9 @@ def about() -> dict[str, Any]:
             "block_size": BLOCK_SIZE,
             "prompt_tokens": PROMPT_LENS,
             "warm_up": overhead.WARM_UP,
-            "timed": overhead.STEPS,
-            "processes": overhead.PROCESSES,
+            "turn": overhead.STEPS,
+            "not_counted": turns.COLD,
+            "fillings": overhead.FILLINGS,
         },
     }
 
@@ -197,15 +198,15 @@ def rows_of_overhead(figures: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{arm['added_us']:+.1f}",
             f"{100 * (arm['ratio'] - 1):+.2f} %",
             f"{100 * (arm['ratio_low'] - 1):+.2f} … {100 * (arm['ratio_high'] - 1):+.2f} %",
-            f"± {100 * arm['ratio_error']:.2f} %" if arm["rounds"] > 2 else "",
-            str(arm["rounds"]),
+            f"± {100 * arm['ratio_error']:.2f} %" if arm["fillings"] > 2 else "",
+            str(arm["fillings"]),
             {"light": "≤ 1 %", "full": "≤ 4 %", "detached": "0"}.get(arm["arm"], ""),
         )
         for arm in figures["overhead"]
     ]
 
 
-OVERHEAD_HEADS = ("arm", "µs/step", "added µs", "median", "quartiles", "error", "rounds", "target")
+OVERHEAD_HEADS = ("arm", "µs/step", "added µs", "mean", "quartiles", "error", "fillings", "target")
 
 
 def rows_of_rest(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -260,14 +261,21 @@ HOW = """\
 A step is `EngineCore.step` of the installed vLLM with an executor that answers at once: `schedule`, a
 finished future, `update_from_output`. {requests} requests decode; their prompts have {low} to {high}
 tokens, so about {boundaries:.0f} of them begin a new block of {block_size} tokens in a step. Prefix
-caching and `log_stats` are on. In a round all arms take turns on the same requests, in a new order each
-round: {warm_up} steps to warm up (a changed class makes CPython forget its inline caches), then {timed} timed
-ones. A window's time is its median step, so that a neighbour on the host moves none, and its share of what
-the arm had put off, our compression; *median* and *quartiles* are of the ratios to `off` of the same round,
-*error* is the standard error of the median; `off again` is the noise: the same functions a second time.
-Where a process lies in memory is worth up to 1 % of a step, so the rounds are spread over {processes} processes.
-The heap is frozen before, as EngineCore does when it has started, and the collector is on. The slow arms run
-once in each process and are compared by CPU time of all threads, the span arm's export within.
+caching and `log_stats` are on. The heap is frozen before, as EngineCore does when it has started, and the
+collector is on.
+
+The filled engine is forked, an arm goes on in each copy, and after {warm_up} steps to warm up (a changed class
+makes CPython forget its inline caches) the copies take turns on one core, {turn} steps at a time, in a new order
+each round: they do the same work within a few milliseconds of each other, and what the machine's speed does in
+that time it does to all. A turn's time is the median of its steps but the first {not_counted}, when the caches
+hold what the copy before used, and the step's share of what the arm had put off, our compression.
+
+Where things lie in memory is worth up to 2 % of a step, and whatever a process did before decides it, an import
+as well as a patch; so it is left to chance. {processes} processes fork {fillings} times each; before each filling,
+and in each copy when its arm is on, the heap is filled with small objects and holes of random sizes.
+*mean* and *quartiles* are over the fillings, of the median ratio to `off` of the same round; *error* is the
+standard error of the mean; `off again` is the noise: the same functions a second time.
+The slow arms are compared by CPU time of all threads, the span arm's export within.
 
 `detached`: tracing was on and taken off; the functions are the original objects (asserted).
 `OpenTelemetry spans`: SDK spans around the same calls with the same facts, `BatchSpanProcessor`, OTLP
@@ -280,7 +288,11 @@ def markdown(figures: dict[str, Any]) -> str:
     steps = facts["steps"]
     low, high = steps["prompt_tokens"]
     how = HOW.format(
-        low=low, high=high, boundaries=steps["requests"] / steps["block_size"], **steps
+        low=low,
+        high=high,
+        boundaries=steps["requests"] / steps["block_size"],
+        processes=figures["overhead"][0]["fillings"] // steps["fillings"],
+        **steps,
     )
     return "\n".join(
         [

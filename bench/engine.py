@@ -28,7 +28,7 @@ os.environ.update(
 
 NUM_REQUESTS = 32
 NUM_BLOCKS = 8192
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 4096
 PROMPT_LENS = (32, 512)
 BLOCK_SIZE = 16
 
@@ -90,6 +90,7 @@ class Engine:
             max_num_batched_tokens=8192,
             num_gpu_blocks_override=num_blocks,
             enforce_eager=True,
+            hf_overrides={"max_position_embeddings": MAX_MODEL_LEN},
             load_format="dummy",
             dtype="float32",
             async_scheduling=False,
@@ -108,6 +109,10 @@ class Engine:
         for _ in range(NUM_REQUESTS):
             self.add(rng.randint(*PROMPT_LENS), MAX_MODEL_LEN, rng)
         while any(r.is_prefill_chunk or not r.num_output_tokens for r in self._requests()):
+            self.step()
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
             self.step()
 
     def assert_full(self) -> None:
@@ -158,6 +163,27 @@ class Engine:
 
     def _requests(self) -> list[Any]:
         return [self.core.scheduler.requests[name] for name in self._running]
+
+
+_ballast: list[object] = []
+_SHAPES: tuple[Callable[[int], object], ...] = (
+    lambda size: bytes(8 * size),
+    lambda size: (None,) * size,
+    lambda size: [None] * size,
+    lambda size: {size: size},
+)
+
+
+def shake_heap(rng: random.Random) -> None:
+    """Leave small objects and holes of random sizes, so that what comes next lies somewhere else each time.
+
+    Which addresses a step's objects get is worth up to 2 % of it, and whatever was imported or compiled
+    before changes them all: no arm shall win or lose by that.
+    """
+    number = rng.randrange(50_000, 100_000)
+    made = [rng.choice(_SHAPES)(rng.randrange(1, 60)) for _ in range(number)]
+    rng.shuffle(made)
+    _ballast.extend(made[: number // 4])
 
 
 def settle_heap() -> None:

@@ -8,6 +8,7 @@ to fork from: ``python -m bench.overhead FILLINGS SEED FILE`` is one.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -79,6 +80,7 @@ def measure(processes: int, tell: Callable[[str], None] = lambda text: None) -> 
 
 def measure_here(fillings: int, seed: int) -> Times:
     """What one process finds."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # turns are taken on one core
     engine, rng = Engine(), random.Random(seed)
     with ARMS["full"]():
         pass  # it imports vLLM's workers and backends, which an engine with a worker has

@@ -14,7 +14,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ def measure_exports(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
 def measure_oracle(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """``mini``, ``replay`` and ``check``: ``oracle.md`` and ``oracle.json``."""
     with tell.status("measuring") as status:
-        figures = {"schema": 1, "about": about()} | oracle.measure(asked.quick, status.update)
+        figures: dict[str, Any] = {"schema": 1, "about": about()}
+        figures |= oracle.measure(asked.quick, status.update)
     figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
     oracle.write(figures, asked.output, head_of(figures["about"]), _markdown_table)
     if not asked.json:
@@ -101,7 +102,7 @@ def measure_oracle(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     return figures
 
 
-def show_table(heads: tuple[str, ...], rows: list[tuple[str, ...]], title: str) -> None:
+def show_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], title: str) -> None:
     table = Table(*heads, title=title)
     for row in rows:
         table.add_row(*row)
@@ -268,7 +269,7 @@ The filled engine is forked, an arm goes on in each copy, and after {warm_up} st
 makes CPython forget its inline caches) the copies take turns on one core, {turn} steps at a time, in a new order
 each round: they do the same work within a few milliseconds of each other, and what the machine's speed does in
 that time it does to all. A turn's time is the median of its steps but the first {not_counted}, when the caches
-hold what the copy before used, and the step's share of what the arm had put off, our compression.
+hold what the copy before used, and the step's share of what the arm puts off, our compression.
 
 Where things lie in memory is worth up to 2 % of a step, and whatever a process did before decides it, an import
 as well as a patch; so it is left to chance. {processes} processes fork {fillings} times each; before each filling,
@@ -311,7 +312,7 @@ def markdown(figures: dict[str, Any]) -> str:
     )
 
 
-def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _markdown_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [heads, tuple("---" for _ in heads), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -319,7 +320,8 @@ def _markdown_table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list
 def measure_spans(asked: argparse.Namespace, tell: Console) -> dict[str, Any]:
     """Spans, from a file and while an engine runs: ``export_spans.md`` and ``export_spans.json``."""
     with tell.status("measuring") as status:
-        figures = {"schema": 1, "about": about()} | export_spans.measure(asked.quick, status.update)
+        figures: dict[str, Any] = {"schema": 1, "about": about()}
+        figures |= export_spans.measure(asked.quick, status.update)
     figures["about"]["seconds"] = round(time.monotonic() - BEGAN)
     write_spans(figures, asked.output)
     if not asked.json:

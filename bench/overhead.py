@@ -28,6 +28,9 @@ WARM_UP = 400
 STEPS = 40
 """Steps of a turn."""
 
+SETTLE = 10
+"""After so many turns the arms do what they put off: before the tail is full, for a median would miss that."""
+
 FILLINGS = 3
 """How often each process forks."""
 
@@ -105,12 +108,16 @@ def compare(engine: Engine, arms: list[str], turns: int, rng: random.Random) -> 
     copies = [Copy(engine, arm, rng.getrandbits(64)) for arm in rng.sample(arms, len(arms))]
     for copy in copies:
         copy.turn(WARM_UP)
-    rounds = []
-    for _ in range(turns):
+        copy.settle()
+    rounds, put_off = [], dict.fromkeys(arms, 0.0)
+    for number in range(1, turns + 1):
         order = rng.sample(copies, len(copies))
         rounds.append({copy.arm: copy.turn(STEPS, settle=copy.arm in SLOW) for copy in order})
-    steps = WARM_UP + turns * STEPS
-    put_off = {copy.arm: copy.end() / steps for copy in copies}
+        if number % SETTLE == 0 or number == turns:
+            for copy in order:
+                put_off[copy.arm] += copy.settle() / turns / STEPS
+    for copy in copies:
+        copy.end()
     return {
         arm: [[us(turn[arm], arm) + put_off[arm], us(turn["off"], arm)] for turn in rounds]
         for arm in arms

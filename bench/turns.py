@@ -22,6 +22,9 @@ from bench.engine import Engine, settle_heap, shake_heap
 COLD = 8
 """Steps at the start of a turn that do not count: the core's caches hold what the copy before used."""
 
+Order = tuple[int, bool] | None
+"""Steps to run, and whether to settle after them; None: to end."""
+
 _fork = multiprocessing.get_context("fork")
 
 
@@ -50,16 +53,19 @@ class Copy:
         theirs.close()
 
     def turn(self, steps: int, settle: bool = False) -> Turn:
-        """Run some steps; ``settle``: have what was put off be done within the turn."""
+        """Run some steps; ``settle``: what the arm puts off is done within the turn."""
         return self._ask((steps, settle))
 
-    def end(self) -> float:
-        """End the child. Returns the CPU time of what it had put off until now, in microseconds."""
-        put_off = self._ask((0, True)).cpu
-        self._process.join()
-        return put_off
+    def settle(self) -> float:
+        """Have done what was put off until now. Returns its CPU time in microseconds."""
+        return self._ask((0, True)).cpu
 
-    def _ask(self, order: tuple[int, bool]) -> Turn:
+    def end(self) -> None:
+        """Take the arm off and end the child."""
+        self._ask(None)
+        self._process.join()
+
+    def _ask(self, order: Order) -> Turn:
         try:
             self._pipe.send(order)
             answer: Turn = self._pipe.recv()
@@ -73,14 +79,11 @@ def _serve(pipe: Connection, engine: Engine, arm: str, rng: random.Random) -> No
     with ARMS[arm]() as settle:
         shake_heap(rng)
         settle_heap()
-        while True:
-            steps, now = pipe.recv()
-            turn = _timed(engine.step, steps, settle if now else nothing)
-            if not steps:
-                break
-            pipe.send(turn)
+        while order := pipe.recv():
+            steps, now = order
+            pipe.send(_timed(engine.step, steps, settle if now else nothing))
         engine.assert_full()
-    pipe.send(turn)
+    pipe.send(Turn(0, 0))
 
 
 def _timed(step: Callable[[], Any], steps: int, settle: Callable[[], object]) -> Turn:

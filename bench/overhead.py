@@ -85,8 +85,6 @@ def measure_here(fillings: int, seed: int) -> Times:
     """What one process finds."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # turns are taken on one core
     engine, rng = Engine(), random.Random(seed)
-    with ARMS["full"]():
-        pass  # it imports vLLM's workers and backends, which an engine with a worker has
     quick = [arm for arm in ARMS if arm not in SLOW]
     times: Times = {arm: [] for arm in ARMS}
     longest = MAX_MODEL_LEN - PROMPT_LENS[1] - WARM_UP - 2

@@ -21,13 +21,16 @@ class Fake:
         self.source = VllmSource.at(package)
         self.folder = folder
         self.recorder = Recorder(Options(dir=str(folder), failures=3))
+        self.installed = []
 
     def cls(self, name):
         module = {"Calls": "calls"}.get(name, "block_pool")
         return getattr(importlib.import_module(f"vllm.v1.core.{module}"), name)
 
     def install(self, *hooks):
-        return install(resolve(HookTable("==7.5.*", hooks), self.source), self.recorder)
+        done = install(resolve(HookTable("==7.5.*", hooks), self.source), self.recorder)
+        self.installed.append(done)
+        return done
 
     def events(self):
         self.recorder.close()
@@ -51,6 +54,8 @@ def fake_with(tmp_path):
 
     yield make
     for inside, made in reversed(open_ones):
+        for done in made.installed:
+            done.undo()
         made.recorder.close()
         inside.__exit__(None, None, None)
 

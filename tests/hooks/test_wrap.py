@@ -302,10 +302,11 @@ def test_a_closed_stderr_is_no_reason_to_fail(fake, monkeypatch):
 
 
 def test_a_parameter_with_a_name_that_the_wrapper_needs_is_an_error(fake):
+    cls = fake.cls("Calls")
     done = fake.install(hook(f"{CALLS}.named_result", Probe(silent)))
     assert {f"{CALLS}.named_result"} == set(done.skipped)
     assert "has a parameter named 'result'" in done.skipped[f"{CALLS}.named_result"]
-    assert 3 == fake.cls("Calls")().named_result(3)
+    assert 3 == cls().named_result(3)
 
 
 def test_a_probe_that_returns_is_an_error_because_its_body_is_pasted(fake):
@@ -315,9 +316,10 @@ def test_a_probe_that_returns_is_an_error_because_its_body_is_pasted(fake):
             return
         append(RequestFreed(1))
 
+    cls = fake.cls("BlockPool")
     with pytest.raises(HookError, match="the probe returning must not return"):
         fake.install(hook(f"{POOL}.get_new_blocks", returning, required=True))
-    assert [0] == fake.cls("BlockPool")(1).get_new_blocks(1)
+    assert [0] == cls(1).get_new_blocks(1)
 
 
 def test_a_parameter_that_this_release_does_not_have_stands_for_what_the_probe_says(fake):

@@ -1,6 +1,10 @@
 """The table of 0.32 on the vLLM that is installed: resolved, put in place, taken off."""
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +88,28 @@ def test_the_rows_of_level_full_stay_off_at_level_light(tmp_path):
     finally:
         detach()
     assert len(off) > 5
+
+
+FRONT_END = """
+import json, sys
+import vllm.v1.engine.async_llm  # what a server's front end has imported when plugins are loaded
+from vllm.engine import arg_utils
+before = set(sys.modules)
+from vllm_trace.hooks import register
+register()
+new = [name for name in set(sys.modules) - before if name.startswith("vllm.")]
+waits = "vllm.v1.worker.gpu_model_runner" not in sys.modules
+import vllm.v1.worker.gpu_model_runner as worker
+print(json.dumps([new, waits, hasattr(worker.GPUModelRunner.execute_model, "__wrapped__")]))
+"""
+
+
+def test_a_process_imports_nothing_of_vllm_only_to_be_traced(source_0_32, tmp_path):
+    environ = os.environ | {"VTRACE_DIR": str(tmp_path / "trace")}
+    done = subprocess.run(
+        [sys.executable, "-c", FRONT_END], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert "vllm-trace:" not in done.stderr
+    new, waits, hooked = json.loads(done.stdout.splitlines()[-1])
+    assert ([], True, True) == (new, waits, hooked)
+    assert not (tmp_path / "trace").exists()

@@ -1,17 +1,18 @@
-"""Put resolved rows in place, and take them off again."""
+"""Put resolved rows in place when their modules are there, and take them off again."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 from vllm_trace.errors import HookError
+from vllm_trace.hooks.arrivals import Arrivals, is_imported
 from vllm_trace.hooks.resolve import Resolution
 from vllm_trace.hooks.table import Hook
 from vllm_trace.hooks.weave import unweave, weave
@@ -45,16 +46,62 @@ class _Placed:
         return ""
 
 
-@dataclass
 class Installation:
-    """What ``install`` changed. ``undo`` is safe to call twice."""
+    """What ``install`` changed, and what it will change: a module is hooked when vLLM itself imports it.
 
-    placed: list[_Placed] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Rows that resolved but could not be put in place, with the reason."""
+    The front end runs no model and a worker no scheduler; neither has to import the other's half of vLLM.
+    """
+
+    def __init__(self, rows: Iterable[Resolution], recorder: Recorder) -> None:
+        self.placed: list[_Placed] = []
+        self.skipped: dict[str, str] = {}
+        """Rows that resolved but could not be put in place, with the reason."""
+        self.on_skipped: Callable[[Resolution, str], None] = lambda row, reason: None
+        self._recorder = recorder
+        self._waiting: dict[str, list[Resolution]] = {}
+        for row in rows:
+            if row.usable:
+                self._waiting.setdefault(row.hook.module, []).append(row)
+        absent = [module for module in self._waiting if not is_imported(module)]
+        self._arrivals = Arrivals(absent, self._arrived)
+
+    def place_imported(self) -> None:
+        """Put in place what is there already. Raises: ``HookError`` as ``install`` does."""
+        for module in [module for module in self._waiting if is_imported(module)]:
+            self._place_module(module)
+
+    def _place_module(self, module: str) -> None:
+        with _no_collection():
+            for row in self._waiting.pop(module, ()):
+                self._place(row)
+
+    def _place(self, row: Resolution) -> None:
+        try:
+            self.placed.append(_place(row, self._recorder))
+        except Exception as error:
+            reason = self.skipped[row.hook.target] = f"{type(error).__name__}: {error}"
+            self.on_skipped(row, reason)
+            if row.hook.required:
+                self.undo()
+                raise HookError(
+                    f"{row.hook.qualname} cannot be hooked ({error}; required: "
+                    f"{row.hook.without}). Nothing was changed.",
+                    hint="Try: vllm-trace doctor",
+                ) from error
+
+    def _arrived(self, module: str) -> None:
+        """vLLM has imported it. An engine that is about to start does not stop for us, unless it was asked to."""
+        try:
+            self._place_module(module)
+        except HookError as error:
+            self._recorder.tell(f"not tracing: {error}")
+            if self._recorder.options.strict:
+                raise
 
     def undo(self) -> list[str]:
-        """Take everything off, last first. Returns what could not be taken off, in words."""
+        """Take everything off, last first. Safe to call twice. Returns what could not be taken off, in words."""
+        self._arrivals.stop()
+        self._waiting.clear()
         said = [placed.take_off() for placed in reversed(self.placed)]
         return [text for text in said if text]
 
@@ -66,32 +113,16 @@ class Installation:
 
 
 def install(rows: Iterable[Resolution], recorder: Recorder) -> Installation:
-    """Wrap every usable row: every one that can be, or none when a required one cannot.
+    """Wrap every usable row, now or when its module is imported: every one that can be, or none when a required
+    one cannot.
 
-    Raises: ``HookError`` naming the required row; whatever was set before it is restored.
+    Raises: ``HookError`` naming the required row; whatever was set before it is restored. When the module comes
+    later, the recorder tells it instead; with ``VTRACE_STRICT`` the import raises it.
     """
-    done = Installation()
-    with _no_collection():
-        _place_all(rows, recorder, done)
+    done = Installation(rows, recorder)
     recorder.on_failures = done.take_off
+    done.place_imported()
     return done
-
-
-def _place_all(rows: Iterable[Resolution], recorder: Recorder, done: Installation) -> None:
-    for row in rows:
-        if not row.usable:
-            continue
-        try:
-            done.placed.append(_place(row, recorder))
-        except Exception as error:
-            if row.hook.required:
-                done.undo()
-                raise HookError(
-                    f"{row.hook.qualname} cannot be hooked ({error}; required: "
-                    f"{row.hook.without}). Nothing was changed.",
-                    hint="Try: vllm-trace doctor",
-                ) from error
-            done.skipped[row.hook.target] = f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -108,7 +139,7 @@ def _no_collection() -> Iterator[None]:
 
 def _place(row: Resolution, recorder: Recorder) -> _Placed:
     hook = row.hook
-    owner: Any = importlib.import_module(hook.module)
+    owner: Any = sys.modules[hook.module]
     *path, name = hook.qualname.split(".")
     for part in path:
         owner = getattr(owner, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,13 +72,17 @@ def attach(options: Options) -> Recorder:
     source.forget()
     demand(rows, source.version, strict=options.strict)
     made = Recorder(options)
+    made.notes = notes(source, rows)
     installation = install(rows, made)
-    made.notes = notes(source, rows, installation)
     if options.otlp:
         made.on_open = lambda: _send_spans(options)
     if options.copy_rate:
         made.notes["copy_rate"] = options.copy_rate
-    _warn(source.version, rows, installation, made)
+    _warn(source.version, rows, made)
+    installation.on_skipped = functools.partial(_skipped, source.version, made)
+    for row in rows:
+        if reason := installation.skipped.get(row.hook.target):
+            installation.on_skipped(row, reason)
     _active = (made, installation)
     return made
 
@@ -136,31 +141,29 @@ def current_platform() -> str:
     return "cpu" if platform.is_cpu() else "cuda"
 
 
-def notes(
-    source: VllmSource, rows: list[Resolution], installation: Installation
-) -> dict[str, object]:
+def notes(source: VllmSource, rows: list[Resolution]) -> dict[str, object]:
     """What the trace's header says of versions and hooks."""
-    hooks = []
-    for row in rows:
-        entry = row.to_dict()
-        if row.hook.target in installation.skipped:
-            entry |= {"state": "missing", "detail": installation.skipped[row.hook.target]}
-            entry |= {"without": row.hook.without}
-        hooks.append(entry)
     torch = sys.modules.get("torch")
     return {
         "vllm": source.version,
         "torch": str(getattr(torch, "__version__", "")),
         "platform": current_platform(),
-        "hooks": hooks,
+        "hooks": [row.to_dict() for row in rows],
     }
 
 
-def _warn(version: str, rows: list[Resolution], installation: Installation, made: Recorder) -> None:
+def _warn(version: str, rows: list[Resolution], made: Recorder) -> None:
     for row in rows:
-        reason = installation.skipped.get(row.hook.target)
-        if reason or not row.usable:
-            state = f"{row.state} ({row.detail})" if not row.usable else f"not hooked ({reason})"
-            made.tell(f"vLLM {version}: {row.hook.qualname} is {state}: {row.hook.without}")
+        name = f"vLLM {version}: {row.hook.qualname}"
+        if not row.usable:
+            made.tell(f"{name} is {row.state} ({row.detail}): {row.hook.without}")
         elif row.state == "changed":
-            made.tell(f"vLLM {version}: {row.hook.qualname} differs from the reviewed source")
+            made.tell(f"{name} differs from the reviewed source")
+
+
+def _skipped(version: str, made: Recorder, row: Resolution, reason: str) -> None:
+    """A row that looked well cannot be hooked; the header says so if there is none yet."""
+    for entry in made.notes["hooks"]:
+        if entry["target"] == row.hook.target:
+            entry |= {"state": "missing", "detail": reason, "without": row.hook.without}
+    made.tell(f"vLLM {version}: {row.hook.qualname} is not hooked ({reason}): {row.hook.without}")

@@ -49,8 +49,9 @@ def short_hash(block_hash: Any) -> int:
 
 
 # The same of a key of the prefix map, which ends in four bytes of group id:
-# ``hash_in_key(key, -12)`` is a tuple of one number.
+# ``hash_in_key(key, -12)`` is a tuple of one number, ``key[HASH_IN_KEY]`` its bytes.
 hash_in_key = Struct(">Q").unpack_from
+HASH_IN_KEY = slice(-12, -4)
 
 
 # A map over one of these runs in C; a comprehension costs a frame, once for each new block.
@@ -142,7 +143,9 @@ def allocate_slots(
 def slots_allocated(
     rec: Recorder, manager: Any, request: Any, new: Any, num_new: int, num_hit: int, hits: Any
 ) -> SlotsAllocated | bytes:
-    number = rec.numbers[request.request_id]
+    number = rec.numbers.get(request.request_id)
+    if number is None:
+        number = rec.numbers[request.request_id]
     free = manager.block_pool.free_block_queue.num_free_blocks
     kept = len(rec.kept) if rec.tight else -1
     if num_hit or len(new) != 1 or len(new[0]) != 1:
@@ -151,9 +154,10 @@ def slots_allocated(
     # A request that decodes got its next block.
     block = new[0][0]
     block_id, pending = block.block_id, rec.pending
-    if pending and pending[-1] is block:
+    last = len(pending) - 1  # CPython has a short way for an index that is not negative
+    if last >= 0 and pending[last] is block:
         # As ``get_new_blocks`` left it: the two events in one piece.
-        pending[-1] = b""
+        pending[last] = b""
         return pack_taken_allocated(
             TAKEN, block_id, ALLOCATED, number, U32, num_new, NO_HIT, block_id,
             NO_HIT_BLOCKS, free, I16, kept,
@@ -308,17 +312,20 @@ def cache_full_blocks(
         block = blocks[num_cached_blocks]
         key = block._block_hash  # `block_hash` is a property: a call
         if key:
+            number = numbers.get(request.request_id)  # a subclass is slow to index
+            if number is None:
+                number = numbers[request.request_id]
             append(
                 pack_cached(
                     CACHED,
-                    numbers[request.request_id],
+                    number,
                     kv_cache_group_id,
                     U32,
                     num_cached_blocks,
                     ONE_ID,
                     block.block_id,
                     ONE_HASH,
-                    key[-12:-4],
+                    key[HASH_IN_KEY],
                 )
             )
     # Null blocks and those that a sliding window will never hit again get no hash.

@@ -176,11 +176,12 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
         and all(sampled)
     )
     pending = recorder.pending
+    write = recorder.write_steady_step  # not called as a method, which it is not: a slow lookup
     if (
         recorder.planned_of is scheduler_output
         and one_each
         and len(pending) == recorder.planned_at
-        and recorder.write_steady_step(recorder.planned, started, ended - started, pending)
+        and write(recorder.planned, started, ended - started, pending)
     ):
         recorder.planned = recorder.planned_of = None
         if pending:
@@ -203,10 +204,11 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
 
 @probe()
 def update_from_output_light(append, recorder, started, ended, scheduler_output):
+    write = recorder.write_steady_step_alone
     if (
         recorder.planned_of is scheduler_output
         and not recorder.pending
-        and recorder.write_steady_step_alone(recorder.planned, started, ended - started)
+        and write(recorder.planned, started, ended - started)
     ):
         recorder.planned = recorder.planned_of = None
     else:

@@ -85,6 +85,9 @@ def measure_here(fillings: int, seed: int) -> Times:
     """What one process finds."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # turns are taken on one core
     engine, rng = Engine(), random.Random(seed)
+    for arm in ("light", "full"):
+        with ARMS[arm]():
+            pass  # what attaching loads and leaves is there when a traced process starts, not in its copies
     quick = [arm for arm in ARMS if arm not in SLOW]
     times: Times = {arm: [] for arm in ARMS}
     longest = MAX_MODEL_LEN - PROMPT_LENS[1] - WARM_UP - 2

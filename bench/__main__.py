@@ -274,6 +274,8 @@ hold what the copy before used, and the step's share of what the arm puts off, o
 Where things lie in memory is worth up to 2 % of a step, and whatever a process did before decides it, an import
 as well as a patch; so it is left to chance. {processes} processes fork {fillings} times each; before each filling,
 and in each copy when its arm is on, the heap is filled with small objects and holes of random sizes.
+Each process has attached and detached once before that: what attaching loads is there when a process that is
+traced starts, and is not first made in a copy whose memory is shared.
 *mean* and *quartiles* are over the fillings, of the median ratio to `off` of the same round; *error* is the
 standard error of the mean; `off again` is the noise: the same functions a second time.
 The slow arms are compared by CPU time of all threads, the span arm's export within.

@@ -30,12 +30,12 @@ from vllm_trace.recorder import Recorder
 
 
 @probe()
-def schedule(append, recorder, step_numbers, result, started, ended, self):
-    result.vtrace_step = step = next(step_numbers)
+def schedule(append, recorder, result, started, ended, self):
+    recorder.step = result.vtrace_step = step = recorder.step + 1
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     pending = recorder.pending
-    if recorder.planned is not None:
+    if recorder.planned_of is not None:
         recorder.spell_out_planned()
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens
@@ -100,22 +100,27 @@ def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
 
 
 @probe()
-def schedule_light(append, recorder, step_numbers, result, started, ended, self):
-    result.vtrace_step = step = next(step_numbers)
+def schedule_light(append, recorder, result, started, ended, self):
+    recorder.step = result.vtrace_step = step = recorder.step + 1
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
-    if recorder.planned is not None:
+    if recorder.planned_of is not None:
         recorder.spell_out_planned()
+    run = recorder.steady_run
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens
         and recorder.steady_of is self
         and not result.finished_req_ids
         and not recorder.pending
+        and run.at < run.end
     ):
-        waiting = 0 if len(self.requests) == running else len(self.waiting)
-        recorder.planned = (step, started, ended - started, running, waiting, free)
+        words, at = run.words, run.at
+        words[at + 1] = started
+        words[at + 2] = ended - started
+        words[at + 3] = running
+        words[at + 4] = 0 if len(self.requests) == running else len(self.waiting)
+        words[at + 5] = free
         recorder.planned_of = result
-        recorder.planned_at = 0
     else:
         uniform = scheduled == running == result.total_num_scheduled_tokens
         recorder.steady, recorder.steady_of = scheduled if uniform else -1, self
@@ -183,7 +188,7 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
         and len(pending) == recorder.planned_at
         and write(recorder.planned, started, ended - started, pending)
     ):
-        recorder.planned = recorder.planned_of = None
+        recorder.planned_of = None
         if pending:
             pending.clear()
     else:
@@ -204,16 +209,18 @@ def update_from_output(append, recorder, started, ended, scheduler_output, model
 
 @probe()
 def update_from_output_light(append, recorder, started, ended, scheduler_output):
-    write = recorder.write_steady_step_alone
-    if (
-        recorder.planned_of is scheduler_output
-        and not recorder.pending
-        and write(recorder.planned, started, ended - started)
-    ):
-        recorder.planned = recorder.planned_of = None
+    if recorder.planned_of is scheduler_output and not recorder.pending:
+        run = recorder.steady_run
+        words, at = run.words, run.at
+        words[at + 6] = started
+        words[at + 7] = ended - started
+        words[at] = recorder.step  # last: now it is there
+        run.at = at + 8
+        recorder.planned_of = None
     else:
         append(StepUpdated(getattr(scheduler_output, "vtrace_step", 0), started, ended - started))
         recorder.flush()
+        recorder.begin_steady_run()
 
 
 def outcome_of_step(rec: Recorder, out: Any, made: Any) -> tuple[Any, Any]:

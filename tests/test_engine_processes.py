@@ -323,10 +323,11 @@ ENDLESS = """
 """
 
 
-def test_kill_9_in_mid_run_loses_at_most_the_last_step(tmp_path):
+@pytest.mark.parametrize("level", ["light", "full"])
+def test_kill_9_in_mid_run_loses_at_most_the_last_step(tmp_path, level):
     (tmp_path / "endless.py").write_text(textwrap.dedent(ENDLESS))
     process = subprocess.Popen(
-        command("record", "-o", "made", "--", sys.executable, "endless.py"),
+        command("record", "--level", level, "-o", "made", "--", sys.executable, "endless.py"),
         cwd=tmp_path,
         env=os.environ | quiet_environment(),
         stdout=subprocess.PIPE,

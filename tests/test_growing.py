@@ -4,6 +4,7 @@ import os
 import threading
 
 import pytest
+from fakes.files import write_steady
 from helpers import configured
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from vllm_trace.errors import TraceError
 from vllm_trace.events import SCHEMA_VERSION, BlocksTaken
 from vllm_trace.growing import GrowingFile, GrowingTrace
 from vllm_trace.trace import read_trace
-from vllm_trace.tracefile import TAIL_SUFFIX, TraceFile
+from vllm_trace.tracefile import BATCHES, TAIL_SUFFIX, TraceFile
 from vllm_trace.tracewriter import TraceWriter, seal
 
 HEADER = {"schema": SCHEMA_VERSION, "role": "main", "pid": 1 << 30, "host": "here"}
@@ -35,6 +36,7 @@ ACTIONS = st.lists(
         st.just("big"),
         st.just("look"),
         st.just("steps"),
+        st.integers(41, 60),  # so many steady ones less 40
     ),
     max_size=60,
 )
@@ -56,6 +58,10 @@ def test_every_event_once_and_in_order(tmp_path_factory, actions, ends):
             number += 1
             requests = [0] if number == 1 else None  # "as in the last step"
             writer.write([scheduled(number, requests, requests, 4), updated(number)])
+        elif action > 40:
+            writer.begin_steady_run()
+            for _ in range(action - 40):
+                number += write_steady(writer, (number + 1, 9, 3, 1, 0, 7, 13, 2))
         else:
             writer.write([BlocksTaken([block]) for block in range(action)])
     if ends == "closed":
@@ -67,6 +73,7 @@ def test_every_event_once_and_in_order(tmp_path_factory, actions, ends):
     told += new(file)
     assert list(TraceFile(path).events()) == told
     assert (ends != "open") == file.ended
+    writer.steady_run.words.release()
     for name in ("_tail", "_file"):
         getattr(writer, name).close()
 
@@ -234,7 +241,7 @@ def test_damage_is_an_error_and_no_hang(tmp_path):
     writer.write([BlocksTaken([1])])
     tail = path.with_name(path.name + TAIL_SUFFIX)
     data = bytearray(tail.read_bytes())
-    data[128 + 4] = 0xC1  # no MessagePack begins like this
+    data[BATCHES + 4] = 0xC1  # no MessagePack begins like this
     tail.write_bytes(data)
     with pytest.raises(TraceError, match="unreadable tail"):
         new(file)

@@ -6,16 +6,17 @@ import sys
 from functools import partial
 
 import pytest
-from fakes.files import files_of, read
+from fakes.files import files_of, read, write_steady
 
 from vllm_trace import recorder as module
+from vllm_trace import steady as steady_run
 from vllm_trace import tracewriter
 from vllm_trace.events import RequestFreed, StepScheduled
 from vllm_trace.options import Options
 from vllm_trace.recorder import Recorder
 from vllm_trace.tracewriter import TraceWriter
 
-WATCHED = {module.__file__, tracewriter.__file__}
+WATCHED = {module.__file__, tracewriter.__file__, steady_run.__file__}
 
 
 class Interrupts:
@@ -74,7 +75,7 @@ def work(recorder, folder, interrupts):
         sent += size
         if step % 2:
             recorder.planned = (sent, 1, 1, 1, 0, 5)
-            recorder.planned_at = len(recorder.pending)
+            recorder.planned_at, recorder.planned_of = len(recorder.pending), object()
             sent += 1
         with interrupts.inside():
             recorder.flush()
@@ -128,12 +129,7 @@ def steady(writer, step):
     return writer.write_steady_step((step, 1, 1, 1, 0, 5, 0), 2, 1, [])
 
 
-def alone(writer, step):
-    return writer.write_steady_step_alone((step, 1, 1, 1, 0, 5), 2, 1)
-
-
-@pytest.mark.parametrize("way", [steady, alone])
-def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path, way):
+def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path):
     at = 0
     while True:
         at += 1
@@ -144,7 +140,9 @@ def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path, way
         for step in range(8):
             before = writer.num_events
             with interrupts.inside():
-                way(writer, step) or writer.write([StepScheduled(step, 1, 1, 1, 0, 5, 0, [], [])])
+                steady(writer, step) or writer.write(
+                    [StepScheduled(step, 1, 1, 1, 0, 5, 0, [], [])]
+                )
             if writer.num_events > before:
                 done.append(step)
             assert not any(behind(writer)), interrupts.came
@@ -159,12 +157,43 @@ def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path, way
     assert at > 50
 
 
-@pytest.mark.parametrize("way", [steady, alone])
-def test_a_steady_step_that_does_not_fit_leaves_nothing_behind(tmp_path, way):
+def test_an_interrupt_in_a_steady_run_loses_no_step(tmp_path):
+    """Whatever line of beginning, storing or wiping it is: each step is read once, before and after."""
+    at, places = 0, set()
+    while True:
+        at += 1
+        interrupts = Interrupts(at)
+        path = tmp_path / f"main-{at}.vtrace"
+        writer = TraceWriter(path, {"schema": 1}, tail_size=512)
+        written = []
+        for step in range(1, 20):
+            if write_steady(writer, (step, 1, 1, 1, 0, 5, 2, 1)):
+                written.append(step)
+            else:
+                with interrupts.inside():
+                    writer.flush_tail() if step % 3 else writer.write([RequestFreed(step)])
+                with interrupts.inside():
+                    writer.begin_steady_run()
+            assert written == steps_of(read(path)[0]), interrupts.came
+        with interrupts.inside():
+            writer.close({})
+        writer.close({})
+        events, file = read(path)
+        assert written == steps_of(events), interrupts.came
+        assert len(events) == file.footer["num_events"] == file.num_events
+        if not interrupts.came:
+            break
+        places.add(interrupts.came.partition(":")[0])
+    assert {"begin", "clear", "stored", "_store_steady_run", "_begin_tail", "close"} <= places
+
+
+def steps_of(events):
+    return [event.step for event in events if type(event) is StepScheduled]
+
+
+def test_a_steady_step_that_does_not_fit_leaves_nothing_behind(tmp_path):
     """Too long a step for 32 bits: what was packed of it by then is not the head of a next batch."""
     writer = TraceWriter(tmp_path / "main-1.vtrace", {"schema": 1}, tail_size=256)
-    planned = (7, 1, 1 << 32, 1, 0, 5)
-    write = writer.write_steady_step if way is steady else writer.write_steady_step_alone
-    assert not write(*((*planned, 0), 2, 1, []) if way is steady else (planned, 2, 1))
+    assert not writer.write_steady_step((7, 1, 1 << 32, 1, 0, 5, 0), 2, 1, [])
     assert not any(behind(writer))
     writer.close({})

@@ -90,10 +90,7 @@ plans = st.tuples(numbers, u64, numbers, numbers, numbers, numbers, st.integers(
 
 
 @given(
-    st.lists(
-        st.tuples(plans, u64, numbers, st.lists(u32, max_size=16), st.booleans()),
-        max_size=12,
-    ),
+    st.lists(st.tuples(plans, u64, numbers, st.lists(u32, max_size=16)), max_size=12),
     st.integers(300, 900),
 )
 def test_a_step_written_in_one_piece_is_what_its_events_are(steps, tail_size):
@@ -102,13 +99,9 @@ def test_a_step_written_in_one_piece_is_what_its_events_are(steps, tail_size):
     with tempfile.TemporaryDirectory() as folder:
         header = {"schema": SCHEMA_VERSION, "level": "light"}
         writer = TraceWriter(Path(folder) / "main-1.vtrace", header, tail_size=tail_size)
-        for plan, started, dur, blocks, alone in steps:
+        for plan, started, dur, blocks in steps:
             before = [p.pack_taken(p.TAKEN, block) for block in blocks]
-            if alone:
-                blocks, plan = [], (*plan[:-1], 0)
-                written = writer.write_steady_step_alone(plan[:-1], started, dur)
-            else:
-                written = writer.write_steady_step(plan, started, dur, before)
+            written = writer.write_steady_step(plan, started, dur, before)
             events = [*(BlocksTaken([block]) for block in blocks)]
             events += [StepScheduled(*plan, [], []), StepUpdated(plan[0], started, dur)]
             if not written:

@@ -19,11 +19,12 @@ from vllm_trace.errors import TraceError
 from vllm_trace.events import Event
 from vllm_trace.trace import Trace, time_of
 from vllm_trace.tracefile import (
-    MAGIC,
+    BATCHES,
     MAX_RAW,
     SIZE,
     SUFFIX,
     TAIL,
+    TAIL_MAGIC,
     TAIL_SUFFIX,
     UNREADABLE,
     TraceFile,
@@ -31,6 +32,7 @@ from vllm_trace.tracefile import (
     decode_batch,
     is_running,
     read_frame,
+    same_run,
     unzip,
 )
 
@@ -46,7 +48,7 @@ class GrowingFile(TraceFile):
         self.begin_reading()
         self._tail_path = path.with_name(path.name + TAIL_SUFFIX)
         self.num_bytes = self._begin
-        self._tail_at = TAIL.size
+        self._tail_at = BATCHES
         self.inode = path.stat().st_ino
         self.ended = False
         """The footer was read: nothing comes any more."""
@@ -83,7 +85,7 @@ class GrowingFile(TraceFile):
                     self.ended = True
                 elif kind == b"E":
                     raw = unzip(decompress, body, self.path, file)
-                    seen, self._tail_at = self._tail_at - TAIL.size, TAIL.size
+                    seen, self._tail_at = self._tail_at - BATCHES, BATCHES
                     self.num_frames += 1
                     yield from self._decode_frame(raw[seen:])
                 else:
@@ -92,19 +94,19 @@ class GrowingFile(TraceFile):
     def _new_in_tail(self) -> Iterator[list[Event]]:
         try:
             with open(self._tail_path, "rb") as file:
-                head = file.read(TAIL.size)
-                if len(head) < TAIL.size or not head.startswith(MAGIC):
+                head = file.read(BATCHES)
+                if len(head) < BATCHES or not head.startswith(TAIL_MAGIC):
                     return
-                _, generation, self.dropped, _ = TAIL.unpack(head)
+                _, generation, self.dropped, _ = TAIL.unpack(head[: TAIL.size])
                 if generation != self.num_frames:
                     return
                 file.seek(self._tail_at)
-                data = file.read(MAX_RAW)
+                data, area = file.read(MAX_RAW), same_run(file, head)
             if self._frame_has_come():
                 return  # the tail may have been emptied while it was read
         except OSError:
             return
-        for body in list(batches_in(data, 0)):
+        for body in list(batches_in(data, 0, self._tail_at, area)):
             try:
                 batch = decode_batch(body)
             except UNREADABLE as error:  # its size goes in last: it is whole

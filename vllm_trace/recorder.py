@@ -30,6 +30,7 @@ from vllm_trace.events import (
 )
 from vllm_trace.options import Options
 from vllm_trace.packing import I16, SCHEDULED, U32, U64, encoded, list_head, pack_scheduled
+from vllm_trace.steady import SteadyRun
 from vllm_trace.tracefile import SUFFIX
 from vllm_trace.tracewriter import TraceWriter
 
@@ -64,9 +65,9 @@ class Recorder:
 
     # What each step looks at lies together; a class with as many attributes has a slow dictionary.
     __slots__ = (
-        "__dict__", "__weakref__", "steady", "steady_of", "tight",
+        "__dict__", "__weakref__", "step", "steady", "steady_of", "tight",
         "pending", "planned", "planned_of", "planned_at", "steady_need", "kept",
-        "with_tokens", "write_steady_step", "write_steady_step_alone",
+        "with_tokens", "write_steady_step", "steady_run",
         "plans_first",
     )  # fmt: skip
 
@@ -75,8 +76,8 @@ class Recorder:
         self.pending: list[Any] = []
         self.append = self.pending.append
         self.numbers = Numbers(self.append)
-        self.step_numbers = count(1)
-        """Of the steps that this process schedules."""
+        self.step = 0
+        """Number of the last step that this process scheduled."""
         self.kept: list[Any] = []
         """Requests for which ``allocate_slots`` needed no new block, since the last step; in tight steps."""
         self.keep: Callable[[Any], None] = self.kept.append
@@ -89,14 +90,15 @@ class Recorder:
         self.steady_of: Any = None
         """The scheduler whose steps those are."""
         self.planned: tuple[int, ...] | None = None
-        """Fields of the ``step.scheduled`` of a steady step that is on its way."""
+        """Fields of its ``step.scheduled``; None where ``steady_run`` has them."""
         self.planned_of: Any = None
-        """The ``SchedulerOutput`` of that step."""
+        """The ``SchedulerOutput`` of a steady step that is on its way."""
         self.planned_at = 0
         """How many of ``pending`` stand before it."""
         self.write_steady_step: Callable[..., bool] = _cannot_write
-        self.write_steady_step_alone: Callable[..., bool] = _cannot_write
-        """The writer's own methods while its file is open: a call less in each step."""
+        """The writer's own method while its file is open: a call less in each step."""
+        self.steady_run = SteadyRun()
+        """The writer's, too."""
         self.with_tokens = options.tokens
         self.plans_first = False
         """Workers are other processes: what they execute must be written by then, whoever is killed."""
@@ -137,13 +139,13 @@ class Recorder:
     def _after_fork(self) -> None:
         """A forked child has its own file; what the parent had pending is the parent's."""
         self.writer = None
-        self.write_steady_step = self.write_steady_step_alone = _cannot_write
+        self.write_steady_step, self.steady_run = _cannot_write, SteadyRun()
         self._plain = False
         self.kept.clear()
         self.pending.clear()
         self.numbers.clear()
         self._finished.clear()
-        self.steady, self.planned, self.planned_of, self.tight = -1, None, None, True
+        self.steady, self.planned_of, self.tight = -1, None, True
         self.state.clear()
         self.waiting.clear()
 
@@ -216,10 +218,11 @@ class Recorder:
 
     def spell_out_planned(self) -> None:
         """Something came between the two halves of a steady step: it becomes an ordinary event."""
-        assert self.planned is not None
-        step, at, dur, running, waiting, free, *kept = self.planned
+        step, at, dur, running, waiting, free, *kept = self.planned or self.steady_run.planned(
+            self.step
+        )
         try:
-            self.planned = self.planned_of = None
+            self.planned_of = None
             event = pack_scheduled(
                 SCHEDULED, step, U64, at, U64, dur, U32, running, U32, waiting, U32, free, I16,
                 *(kept or [0]),
@@ -228,6 +231,11 @@ class Recorder:
         except BaseException:
             self._lose(1)
             raise
+
+    def begin_steady_run(self) -> None:
+        """Let ``steady_run`` take the steps that follow."""
+        if self.writer is not None and not self.pending:
+            self.writer.begin_steady_run()
 
     def flush(self) -> None:
         """Write what is pending as one batch; it is safe when this returns. Never raises.
@@ -238,7 +246,7 @@ class Recorder:
         failed = None
         settled = -1
         try:
-            if self.planned is not None:
+            if self.planned_of is not None:
                 self.spell_out_planned()
             if not pending or self._flushing:
                 return
@@ -329,7 +337,7 @@ class Recorder:
             self.writer = TraceWriter(folder / name, self._header())
             self.writer.drop(self._num_lost)
             self.write_steady_step = self.writer.write_steady_step
-            self.write_steady_step_alone = self.writer.write_steady_step_alone
+            self.steady_run = self.writer.steady_run
         except OSError as error:
             self._closed = True
             self.tell(f"no trace: {error}; the engine goes on untraced")
@@ -359,7 +367,7 @@ class Recorder:
                 self._take_ready(wait=True)
                 self._plain = False
                 self.flush()
-        self.write_steady_step = self.write_steady_step_alone = _cannot_write
+        self.write_steady_step, self.steady_run = _cannot_write, SteadyRun()
         self.steady_of = None
         self._closed = True
         self._plain = False

@@ -14,6 +14,7 @@ a memcpy and no system call, and the operating system keeps the bytes when the p
 Layout of the tail::
 
     magic 8 | generation u64 | dropped u64 | reason 104 bytes    the first 128 bytes
+    steady steps that come after the batches, see ``steady``     64 KiB
     batch*: size u32, bytes; a size of 0 ends them
 
 ``generation`` is the number of event frames that were in the file when the tail was begun. A
@@ -41,6 +42,7 @@ from vllm_trace.events import (
     Event,
     tag_of,
 )
+from vllm_trace.steady import AREA_SIZE, batches_in_area
 from vllm_trace.whole import Completion
 
 MAGIC = b"VTRACE\r\n"
@@ -49,6 +51,10 @@ TAIL_SUFFIX = ".tail"
 
 FRAME = struct.Struct("<cIII")
 TAIL = struct.Struct("<8sQQ104s")
+TAIL_MAGIC = b"VTAIL2\r\n"
+BATCHES = TAIL.size + AREA_SIZE
+"""Where the first batch of a tail begins."""
+
 SIZE = struct.Struct("<I")
 
 MAX_RAW = 64 * 1024 * 1024
@@ -150,8 +156,9 @@ class TraceFile:
         """Up to the end of the last whole frame that was read."""
         self._ended = False
         """The footer was read."""
-        self._tail = b""
-        """The file beside this one, as it was when the last whole frame had been read."""
+        self._tail = self._steady = b""
+        """The file beside this one, as it was when the last whole frame had been read, and the steady
+        steps in it."""
         with open(path, "rb") as file:
             self.header = self._read_header(file)
             self._begin = file.tell()
@@ -222,7 +229,8 @@ class TraceFile:
                     if tail_read_at != self.num_bytes:
                         # A writer empties its tail only when the frame is in the file: what is read
                         # of the tail is right if no frame has come by then.
-                        tail_read_at, self._tail = self.num_bytes, self._read_tail()
+                        tail_read_at = self.num_bytes
+                        self._tail, self._steady = self._read_tail()
                         file.seek(self.num_bytes)
                         continue
                     self._mark_unfinished(str(error))
@@ -242,18 +250,19 @@ class TraceFile:
         self._tail = b""
         self._completion = Completion(self.path, str(self.header.get("level")))
 
-    def _read_tail(self) -> bytes:
+    def _read_tail(self) -> tuple[bytes, bytes]:
         try:
             with open(self.path.with_name(self.path.name + TAIL_SUFFIX), "rb") as file:
-                return file.read(MAX_RAW)
+                data = file.read(MAX_RAW)
+                return data, same_run(file, data)
         except OSError:
-            return b""
+            return b"", b""
 
     def _mark_unfinished(self, torn: str) -> None:
         """No footer: why, as far as the tail tells."""
         self.footer, self.dropped = {}, 0
         self.truncated = torn or "no footer: the process was killed or still runs"
-        if len(self._tail) >= TAIL.size and self._tail.startswith(MAGIC):
+        if len(self._tail) >= TAIL.size and self._tail.startswith(TAIL_MAGIC):
             _, _, dropped, reason = TAIL.unpack_from(self._tail)
             if dropped or reason.rstrip(b"\0"):
                 self.dropped = dropped
@@ -292,7 +301,7 @@ class TraceFile:
 
     def tail(self) -> Iterator[bytes]:
         """Yield the batches that were in no frame yet, after ``frames``; none of a whole file."""
-        return tail_batches(self._tail, self.num_frames)
+        return tail_batches(self._tail, self._steady, self.num_frames)
 
     def events(self) -> Iterator[Event]:
         """Yield every event in the order of the process."""
@@ -306,23 +315,37 @@ class TraceFile:
         return self
 
 
-def tail_batches(data: bytes, num_frames: int) -> Iterator[bytes]:
+def tail_batches(data: bytes, steady: bytes, num_frames: int) -> Iterator[bytes]:
     """Batches of a tail that was begun after ``num_frames`` event frames; none of another."""
-    if len(data) < TAIL.size or not data.startswith(MAGIC):
+    if len(data) < BATCHES or not data.startswith(TAIL_MAGIC):
         return
     if TAIL.unpack_from(data)[1] == num_frames:
-        yield from batches_in(data, TAIL.size)
+        yield from batches_in(data, BATCHES, 0, steady)
 
 
-def batches_in(data: bytes, position: int) -> Iterator[bytes]:
-    """Bodies of the batches that lie whole in a part of a tail."""
+def same_run(file: BinaryIO, data: bytes) -> bytes:
+    """The steady steps in a tail that was read up to them or further, or none if the run is another one by now.
+
+    While they were read it may have ended, and the next one begun in its place.
+    """
+    file.seek(TAIL.size)
+    position = file.read(8)
+    return data[TAIL.size : BATCHES] if data[TAIL.size : TAIL.size + 8] == position else b""
+
+
+def batches_in(data: bytes, position: int, begin: int, area: bytes) -> Iterator[bytes]:
+    """Bodies of the batches that lie whole in ``data``, from ``position`` on, then the steady steps.
+
+    ``begin``: where in the tail ``data`` begins.
+    """
     while position + SIZE.size <= len(data):
         (size,) = SIZE.unpack_from(data, position)
         body = data[position + SIZE.size : position + SIZE.size + size]
         if not size or len(body) != size:
-            return
+            break
         position += SIZE.size + size
         yield body
+    yield from batches_in_area(area, begin + position)
 
 
 def read_frame(file: BinaryIO, path: Path) -> tuple[bytes, bytes]:

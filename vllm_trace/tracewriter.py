@@ -17,12 +17,15 @@ import zstandard
 from vllm_trace.errors import TraceError
 from vllm_trace.events import Event, StepScheduled, StepUpdated, tag_of
 from vllm_trace.packing import encoded, list_head
+from vllm_trace.steady import AREA_SIZE, WORDS, SteadyRun
 from vllm_trace.tracefile import (
+    BATCHES,
     FRAME,
     MAGIC,
     MAX_RAW,
     SIZE,
     TAIL,
+    TAIL_MAGIC,
     TAIL_SUFFIX,
     TraceFile,
     is_running,
@@ -36,7 +39,6 @@ _put_size = SIZE.pack_into
 # A steady step as MessagePack with numbers of fixed width (0xce: u32, 0xcf: u64): StepScheduled with its
 # first seven fields and StepUpdated with its first three. The number of silent calls, a byte, is in the middle.
 _STEADY = struct.Struct(">3sIBQBIBIBIBI4sIBQBI")
-_STEADY_ALONE = struct.Struct(">4sIBQBIBIBIBI4sIBQBI")
 _STEADY_FRONT = struct.Struct("<IB")  # the size of the batch, and that it is a list of so many
 _STEADY_HEAD = bytes([0x98, tag_of(StepScheduled), 0xCE])
 _STEADY_MIDDLES = {
@@ -55,7 +57,7 @@ class TraceWriter:
 
     def __init__(self, path: Path, header: dict[str, Any], tail_size: int = TAIL_SIZE) -> None:
         self.path = path
-        self.num_events = 0
+        self._num_stored = 0
         self.dropped = 0
         self.failure = ""
         self._compress = zstandard.ZstdCompressor(level=1).compress
@@ -66,6 +68,7 @@ class TraceWriter:
             self._file.write(MAGIC)
             self._write_frame(b"H", msgspec.json.encode(header), bytes)
             self._tail = self._open_tail(tail_size)
+            self.steady_run = SteadyRun(memoryview(self._tail)[TAIL.size : BATCHES])
             # Room for the size of 0 that ends the batches is always left.
             self._tail_end = self._used = len(self._tail) - SIZE.size
             self._begin_tail()
@@ -75,20 +78,29 @@ class TraceWriter:
             self._tail_path.unlink(missing_ok=True)
             raise
 
+    @property
+    def num_events(self) -> int:
+        """How many were written."""
+        return self._num_stored + self.steady_run.num_events
+
     def _open_tail(self, size: int) -> mmap.mmap:
         with open(self._tail_path, "x+b") as file:
             # Without real blocks behind it, a full disk would turn a store into a SIGBUS.
-            os.posix_fallocate(file.fileno(), 0, size)
-            return mmap.mmap(file.fileno(), size)
+            os.posix_fallocate(file.fileno(), 0, size + AREA_SIZE)
+            return mmap.mmap(file.fileno(), size + AREA_SIZE)
 
     def _begin_tail(self) -> None:
         # Zeros all the way, so that a batch always has a size of 0 behind it. When the tail is new
         # this also touches each of its pages: no step pays for a page fault later.
-        self._tail[TAIL.size : self._used] = bytes(self._used - TAIL.size)
+        self._tail[BATCHES : self._used] = bytes(self._used - BATCHES)
+        self.steady_run.clear()
+        self._describe_tail()
+        self._used = BATCHES
+
+    def _describe_tail(self) -> None:
         self._tail[: TAIL.size] = TAIL.pack(
-            MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
+            TAIL_MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
         )
-        self._used = TAIL.size
 
     def write(self, events: list[Event]) -> None:
         """Add one batch. It is safe from ``kill -9`` when this returns."""
@@ -96,6 +108,8 @@ class TraceWriter:
 
     def write_encoded(self, data: bytes, num_events: int) -> None:
         """The same for a batch that is MessagePack already, its list head included."""
+        if self.steady_run.end:
+            self._store_steady_run()
         begin = self._used
         end = begin + 4 + len(data)
         if end > self._tail_end:
@@ -106,7 +120,7 @@ class TraceWriter:
             tail[begin + 4 : end] = data
             # The size goes in last: until then the batch does not exist for a reader.
             _put_size(tail, begin, len(data))
-            self._used, self.num_events = end, self.num_events + num_events
+            self._used, self._num_stored = end, self._num_stored + num_events
         except BaseException:
             self._wipe()
             raise
@@ -115,8 +129,8 @@ class TraceWriter:
         """Of a batch that was cut short nothing may stay: the next one could be shorter."""
         self._tail[self._used :] = bytes(len(self._tail) - self._used)
 
-    # Names that are constants of the next two are their defaults: what a step looks up in a module's
-    # dictionary is in no cache by then.
+    # Names that are constants are its defaults: what a step looks up in a module's dictionary is in no
+    # cache by then.
 
     def write_steady_step(
         self,
@@ -152,7 +166,7 @@ class TraceWriter:
             tail[begin:place] = data
             # The size goes in last: until then the batch does not exist for a reader.
             put_front(tail, begin - 5, end - begin + 1, 0x90 + number)
-            self._used, self.num_events = end, self.num_events + number
+            self._used, self._num_stored = end, self._num_stored + number
         except (TypeError, KeyError):
             return False
         except struct.error:  # some of it may be there already
@@ -163,43 +177,37 @@ class TraceWriter:
             raise
         return True
 
-    def write_steady_step_alone(
-        self,
-        planned: tuple[int, ...],
-        started_ns: int,
-        dur_ns: int,
-        put: Callable[..., None] = _STEADY_ALONE.pack_into,
-        size: int = _STEADY_ALONE.size,
-        head: bytes = b"\x92" + _STEADY_HEAD,
-        middle: bytes = _STEADY_MIDDLES[0],
-    ) -> bool:
-        """The same with nothing before it, in a step without silent calls: all that level light writes."""
-        step, at, dur, running, waiting, free = planned
-        tail, begin = self._tail, self._used
-        end = begin + 4 + size
-        if end > self._tail_end:
-            return False
+    def begin_steady_run(self) -> None:
+        """Let ``steady_run`` take the steps that follow, until anything else is written."""
+        if not self.failure:
+            self._store_steady_run()
+            self.steady_run.begin(self._used, self._tail_end - self._used)
+
+    def _store_steady_run(self) -> None:
+        """Make batches of the steps in ``steady_run`` and end it. There is room for them, see ``begin``."""
+        run = self.steady_run
+        run.end = 0
+        if run.at == WORDS:
+            return
+        data, num_events = run.stored(), run.num_events
+        begin, end = self._used, self._used + len(data)
         try:
-            put(
-                tail, begin + 4, head, step, 0xCF, at, 0xCE, dur, 0xCE, running, 0xCE, waiting,
-                0xCE, free, middle, step, 0xCF, started_ns, 0xCE, dur_ns,
+            self._tail[begin + SIZE.size : end] = data[SIZE.size :]
+            # The first size goes in last: until then none of the batches exist for a reader.
+            self._tail[begin : begin + SIZE.size] = data[: SIZE.size]
+            self._used, self._num_stored, run.dirty, run.at = (
+                end, self._num_stored + num_events, run.at, WORDS
             )  # fmt: skip
-            tail[begin] = size  # below 256, before zeros
-            self._used, self.num_events = end, self.num_events + 2
-        except struct.error:
-            self._wipe()
-            return False
         except BaseException:
             self._wipe()
             raise
-        return True
 
     def _write_around_tail(self, data: bytes, num_events: int) -> None:
         """The tail is full: empty it, and put this batch into it or, if larger, into a frame."""
         self.flush_tail()
         if self.failure or SIZE.size + len(data) > MAX_RAW:  # no reader would take that frame
             self.drop(num_events)
-        elif TAIL.size + 4 + len(data) > self._tail_end:
+        elif BATCHES + SIZE.size + len(data) > self._tail_end:
             if not self._write_events(SIZE.pack(len(data)) + data, num_events):
                 self.drop(num_events)
         else:
@@ -207,9 +215,10 @@ class TraceWriter:
 
     def flush_tail(self) -> None:
         """Compress the tail's batches into a frame and begin a new one."""
-        if self._used == TAIL.size or self.failure:
+        self._store_steady_run()
+        if self._used == BATCHES or self.failure:
             return
-        self._write_events(self._tail[TAIL.size : self._used])
+        self._write_events(self._tail[BATCHES : self._used])
 
     def _write_events(self, raw: bytes | bytearray, num_new: int = 0) -> bool:
         """``num_new``: events in it that were not in the tail, and are not counted yet."""
@@ -238,8 +247,8 @@ class TraceWriter:
             while view:
                 num_written = self._file.write(view)
                 view = view[num_written:]
-            self._num_frames, self.num_events = (
-                self._num_frames + (kind == b"E"), self.num_events + num_new
+            self._num_frames, self._num_stored = (
+                self._num_frames + (kind == b"E"), self._num_stored + num_new
             )  # fmt: skip
         except BaseException:
             with contextlib.suppress(OSError):
@@ -250,9 +259,7 @@ class TraceWriter:
     def drop(self, num_events: int) -> None:
         """Count what is lost where it can still be written: in the tail's own header."""
         self.dropped += num_events
-        self._tail[: TAIL.size] = TAIL.pack(
-            MAGIC, self._num_frames, self.dropped, self.failure.encode()[:104]
-        )
+        self._describe_tail()
 
     def close(self, footer: dict[str, Any]) -> None:
         """Write what is left and the footer. Safe to call twice."""
@@ -268,6 +275,7 @@ class TraceWriter:
                 self.failure = f"{error.strerror or error}"
                 self.drop(0)
                 complete = False
+        self.steady_run.words.release()
         self._tail.close()
         self._file.close()
         if complete:

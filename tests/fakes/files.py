@@ -25,6 +25,19 @@ def write(
     return writer
 
 
+def write_steady(writer: TraceWriter, record: tuple[int, ...]) -> bool:
+    """What the probes of level light do in a steady step: the words of a record, the step last."""
+    run = writer.steady_run
+    if run.at >= run.end:
+        return False
+    at = run.at
+    for index in range(1, 8):
+        run.words[at + index] = record[index]
+    run.words[at] = record[0]
+    run.at = at + 8
+    return True
+
+
 def taken(*numbers: int) -> list[Event]:
     """A batch with an event for each number."""
     return [BlocksTaken([number]) for number in numbers]

@@ -61,7 +61,6 @@ def names(
             "append": recorder.append,
             "defer": recorder.defer,
             "numbers": recorder.numbers,
-            "step_numbers": recorder.step_numbers,
             "keep": recorder.keep,
             "_failed": failed,
             "_flush": recorder.flush,

@@ -18,7 +18,6 @@ PROVIDED = (
     "numbers",
     "keep",
     "recorder",
-    "step_numbers",
     "result",
     "started",
     "ended",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import resource
 import statistics
@@ -22,7 +23,10 @@ TRACED = [sys.executable, "-m", "vllm_trace", "run", "hello"]
 
 
 def seconds_of_hello(rounds: int) -> dict[str, float]:
-    """Medians of wall and CPU seconds: the engine and its workload bare, and through ``run hello``."""
+    """Medians of wall and CPU seconds of the engine and its workload bare, and of what ``run hello`` adds.
+
+    The machine may be twice as slow a minute later: each run is compared with the bare one just before it.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "VTRACE_DIR"}
     arms = {"bare": [sys.executable, "-c", BARE], "run": TRACED}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
@@ -36,9 +40,10 @@ def seconds_of_hello(rounds: int) -> dict[str, float]:
                 if number:  # the first one warms the disk's cache
                     times[name].append((time.perf_counter() - began, _cpu_of_children() - cpu))
     made = {}
-    for name, pairs in times.items():
-        made[f"{name}_wall_s"] = statistics.median(wall for wall, _ in pairs)
-        made[f"{name}_cpu_s"] = statistics.median(cpu for _, cpu in pairs)
+    for index, what in enumerate(("wall", "cpu")):
+        bare, run = ([pair[index] for pair in times[arm]] for arm in arms)
+        made[f"bare_{what}_s"] = statistics.median(bare)
+        made[f"added_{what}_s"] = statistics.median(map(operator.sub, run, bare))
     return made
 
 

@@ -46,8 +46,6 @@ def _run(arguments: argparse.Namespace) -> int:
     run = reports.new_run(chosen.name, arguments.output)
     options = replace(options, dir=str(run.trace.absolute()), otlp="")
     os.environ.pop("VTRACE_OTLP", None)  # the engine's processes need not start one of their own
-    if not options.copy_rate and options.level == "full":
-        options = replace(options, copy_rate=_copy_rate(engine_args))
     os.environ |= options.to_environment()
     beside = sidecar.start(run.trace.absolute(), url) if url else None
     try:
@@ -122,9 +120,14 @@ def _drive(
     try:
         with runner.output_to(log) as last_words, progress:
             try:
-                llm, notes = runner.start_engine(
-                    chosen, model=model, engine_args=engine_args, attention=options.attention
-                )
+                # Nor in between: what was imported by then would be gone through again and again.
+                with runner.no_gc():
+                    if not options.copy_rate and options.level == "full":
+                        measured = replace(options, copy_rate=_copy_rate(engine_args))
+                        os.environ |= measured.to_environment()
+                    llm, notes = runner.start_engine(
+                        chosen, model=model, engine_args=engine_args, attention=options.attention
+                    )
             except EngineError as error:
                 raise EngineError(f"{error}\n{last_words()}".strip(), hint=error.hint) from None
             started = time.monotonic_ns()

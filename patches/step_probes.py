@@ -31,12 +31,12 @@ from vllm_trace.recorder import Recorder
 
 @probe()
 def schedule(append, recorder, result, started, ended, self):
+    if recorder.planned_of is not None:
+        recorder.spell_out_planned()
     recorder.step = result.vtrace_step = step = recorder.step + 1
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
     pending = recorder.pending
-    if recorder.planned_of is not None:
-        recorder.spell_out_planned()
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens
         and recorder.steady_of is self
@@ -101,11 +101,11 @@ def blocks_a_step_may_need(scheduler: Any) -> tuple[int, int]:
 
 @probe()
 def schedule_light(append, recorder, result, started, ended, self):
+    if recorder.planned_of is not None:
+        recorder.spell_out_planned()
     recorder.step = result.vtrace_step = step = recorder.step + 1
     free = self.kv_cache_manager.block_pool.free_block_queue.num_free_blocks
     running, scheduled = len(self.running), len(result.num_scheduled_tokens)
-    if recorder.planned_of is not None:
-        recorder.spell_out_planned()
     run = recorder.steady_run
     if (
         scheduled == recorder.steady == running == result.total_num_scheduled_tokens

@@ -247,7 +247,7 @@ class TraceFile:
     def begin_reading(self) -> None:
         """Forget what an earlier reading counted; its marks hold until a reading comes to the end."""
         self.num_events, self.num_frames, self._ended = 0, 0, False
-        self._tail = b""
+        self._tail = self._steady = b""
         self._completion = Completion(self.path, str(self.header.get("level")))
 
     def _read_tail(self) -> tuple[bytes, bytes]:

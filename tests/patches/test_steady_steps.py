@@ -83,6 +83,29 @@ def test_a_request_that_ends_between_the_halves_of_a_step(tmp_path, engine, reco
     assert [*range(1, recorder.step + 1)] == [e.step for e in events if type(e) is StepUpdated]
 
 
+def test_a_step_that_is_planned_while_another_runs(tmp_path, engine, recorder):
+    """As with async scheduling: the plan that leaves the run keeps its own number."""
+    engine.fill()
+    engine.steps(5)
+    execute = engine.core.model_executor.execute_model
+
+    def plan_first(scheduler_output, non_block=False):
+        engine.core.scheduler.schedule()
+        return execute(scheduler_output, non_block)
+
+    at = recorder.step
+    assert recorder.steady_run.at < recorder.steady_run.end
+    engine.core.model_executor.execute_model = plan_first
+    try:
+        engine.step()
+    finally:
+        del engine.core.model_executor.execute_model
+    events = [*file_of(tmp_path).events()]
+    assert [at + 1, at + 2] == [e.step for e in events if type(e) is StepScheduled][-2:]
+    assert at + 1 == events[-1].step
+    assert StepUpdated is type(events[-1])
+
+
 def test_more_steps_than_a_run_takes(tmp_path, engine, recorder):
     engine.fill()
     engine.steps(5)

@@ -4,6 +4,7 @@ import contextlib
 import linecache
 import sys
 from functools import partial
+from itertools import count
 
 import pytest
 from fakes.files import files_of, read, write_steady
@@ -51,6 +52,15 @@ class Interrupts:
             sys.settrace(before)
 
 
+def at_each_line():
+    """Interrupts at the first line that runs inside, at the second, …, and last some that never come."""
+    for at in count(1):
+        interrupts = Interrupts(at)
+        yield at, interrupts
+        if not interrupts.came:
+            return
+
+
 def number_of(event):
     return event.step if type(event) is StepScheduled else event.request
 
@@ -93,13 +103,10 @@ def small_tails(monkeypatch):
 
 
 def test_an_interrupt_at_any_line_of_a_flush_loses_nothing_uncounted(tmp_path, small_tails):
-    places, at = set(), 0
-    while True:
-        at += 1
-        folder, interrupts = tmp_path / str(at), Interrupts(at)
+    places = set()
+    for at, interrupts in at_each_line():
+        folder = tmp_path / str(at)
         sent = work(Recorder(Options(dir=str(folder))), folder, interrupts)
-        if not interrupts.came:
-            break
         name = interrupts.came.partition(":")[0]
         places.add(name)
         if name in ("__init__", "_open", "_open_tail", "_header") and not files_of(folder):
@@ -130,10 +137,7 @@ def steady(writer, step):
 
 
 def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path):
-    at = 0
-    while True:
-        at += 1
-        interrupts = Interrupts(at)
+    for at, interrupts in at_each_line():
         path = tmp_path / f"main-{at}.vtrace"
         writer = TraceWriter(path, {"schema": 1}, tail_size=256)
         done = []
@@ -152,17 +156,13 @@ def test_an_interrupt_in_a_steady_step_leaves_all_of_it_or_nothing(tmp_path):
         assert done == [event.step for event in events if type(event) is StepScheduled]
         assert 8 == sum(type(event) is RequestFreed for event in events)
         assert len(events) == file.num_events == writer.num_events
-        if not interrupts.came:
-            break
     assert at > 50
 
 
 def test_an_interrupt_in_a_steady_run_loses_no_step(tmp_path):
     """Whatever line of beginning, storing or wiping it is: each step is read once, before and after."""
-    at, places = 0, set()
-    while True:
-        at += 1
-        interrupts = Interrupts(at)
+    places = set()
+    for at, interrupts in at_each_line():
         path = tmp_path / f"main-{at}.vtrace"
         writer = TraceWriter(path, {"schema": 1}, tail_size=512)
         written = []
@@ -181,8 +181,6 @@ def test_an_interrupt_in_a_steady_run_loses_no_step(tmp_path):
         events, file = read(path)
         assert written == steps_of(events), interrupts.came
         assert len(events) == file.footer["num_events"] == file.num_events
-        if not interrupts.came:
-            break
         places.add(interrupts.came.partition(":")[0])
     assert {"begin", "clear", "stored", "_store_steady_run", "_begin_tail", "close"} <= places
 
